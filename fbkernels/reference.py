@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
@@ -22,20 +24,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def _counters(seed: int, step: int | Tensor, point: int, samples: int, per_sample: int, device: torch.device | str) -> Tensor:
-    """The four words of counters ``(n * per_sample + i, step, point)``, int64 [samples, per_sample, 4]."""
-    index = torch.arange(samples * per_sample, device=device)
+def _counters(seed: int, step: int | Tensor, point: int, samples: int, per_sample: int, device: torch.device | str, offset: int) -> Tensor:
+    """The four words of counters ``((offset + n) * per_sample + i, step, point)``, int64 [samples, per_sample, 4]."""
+    index = torch.arange(samples * per_sample, device=device) + offset * per_sample
     step = torch.as_tensor(step, device=device, dtype=torch.int64) & _MASK
     counter = (index & _MASK, index >> 32, step.expand_as(index), torch.full_like(index, point))
     return torch.stack(philox(counter, (seed & _MASK, seed >> 32 & _MASK)), -1).view(samples, per_sample, 4)
 
 
-def philox_words(seed: int, step: int | Tensor, point: int, samples: int, units: int, device: torch.device | str = "cpu") -> Tensor:
+def philox_words(
+    seed: int, step: int | Tensor, point: int, samples: int, units: int, device: torch.device | str = "cpu", offset: int = 0
+) -> Tensor:
     """The 32-bit words of a step's noise at one feedback point, int64 [samples, units] (SPEC 6).
 
     Unit u of sample n takes word ``u % 4`` of counter ``(n * ceil(units / 4) + u // 4, step, point)``; the key is the seed.
     """
-    return _counters(seed, step, point, samples, -(-units // 4), device).flatten(1)[:, :units]
+    return _counters(seed, step, point, samples, -(-units // 4), device, offset).flatten(1)[:, :units]
 
 
 def noise(
@@ -48,8 +52,9 @@ def noise(
     kind: str = "gaussian",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    offset: int = 0,
 ) -> Tensor:
-    """Noise with standard deviation ``std``, [samples, units] (SPEC 6).
+    """Noise with standard deviation ``std``, [samples, units], of the samples from ``offset`` of the global batch on (SPEC 6).
 
     Gaussian: Box-Muller on word pairs (0, 1) and (2, 3) with 24-bit uniforms, which float32 holds exactly:
     ``u = ((a >> 8) + 1) / 2^24``, ``v = (b >> 8) / 2^24``, ``std * sqrt(-2 ln u) * (cos 2 pi v, sin 2 pi v)``.
@@ -57,11 +62,132 @@ def noise(
     counter ``(n * ceil(units / 128) + u // 128, step, point)``; ``std`` where it is 0, ``-std`` where it is 1.
     """
     if kind == "rademacher":
-        words = _counters(seed, step, point, samples, -(-units // 128), device)
+        words = _counters(seed, step, point, samples, -(-units // 128), device, offset)
         bits = words[:, :, None, :] >> torch.arange(32, device=device)[:, None] & 1  # [samples, counters, bit, word]
         return (std * (1 - 2 * bits.flatten(1)[:, :units])).to(dtype)
-    words = _counters(seed, step, point, samples, -(-units // 4), device).unflatten(2, (2, 2)) >> 8
+    words = _counters(seed, step, point, samples, -(-units // 4), device, offset).unflatten(2, (2, 2)) >> 8
     radius = (-2 * ((words[..., 0] + 1) * 2.0**-24).double().log()).sqrt()
     angle = words[..., 1].double() * (2 * math.pi * 2.0**-24)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
     return (std * pairs).flatten(1)[:, :units].to(dtype)
+
+
+def units(h: Tensor) -> Tensor:
+    """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6)."""
+    return (h.movedim(1, -1) if h.ndim > 3 else h).flatten(1)
+
+
+def layout(u: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``units``: samples x units in the shape of an activity, batch first."""
+    return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) > 3 else u.view(shape)
+
+
+def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | None, G: Tensor) -> Tensor:
+    """B (I - M) + Xi^T G, the one update that serves every rule (SPEC 4).
+
+    B [n, m], Xi [N, n], G [N, m]; M [m, m], None for 0, or its factors (R, Q) with M = R^T Q where 2 N < m. A leading dimension of
+    all four stands for the groups of a convolution.
+    """
+    new = B + xi.to(B.dtype).mT @ G.to(B.dtype)
+    if M is None:
+        return new
+    if isinstance(M, tuple):
+        R, Q = (t.to(B.dtype) for t in M)
+        return new - (B @ R.mT) @ Q
+    return new - B @ M.to(B.dtype)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How a layer reads a point: a linear map or a two-dimensional convolution, forward and back (SPEC 3, ``layerwise``).
+
+    As a regression its B is a matrix: channels x outputs for a linear map, [groups, channels, outputs * kernel positions] for a
+    convolution, where the regressors are the patches of delta and every position is a sample.
+    """
+
+    convolution: bool
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @staticmethod
+    def of(
+        name: str,
+        weight: Tensor,
+        x: Tensor,
+        stride: int | tuple[int, int] = 1,
+        padding: int | str | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+    ) -> tuple[Connection, tuple[int, int, int, int]]:
+        """The connection that ``F.linear`` or ``F.conv2d`` makes, and what to pad by hand: an even kernel with padding='same'."""
+        if name == "linear":
+            return Connection(False, weight.shape[1]), (0, 0, 0, 0)
+        pair = lambda v: (v, v) if isinstance(v, int) else (v[0], v[-1])  # noqa: E731
+        kernel, dilation, by_hand = (weight.shape[2], weight.shape[3]), pair(dilation), (0, 0, 0, 0)
+        size = (x.shape[-2], x.shape[-1])
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            padding = (total[0] // 2, total[1] // 2)
+            by_hand = (0, total[1] % 2, 0, total[0] % 2)
+            size = (size[0] + total[0] % 2, size[1] + total[1] % 2)
+        assert not isinstance(padding, str)
+        return Connection(True, x.shape[1], kernel, size, pair(stride), pair(padding), dilation, groups), by_hand
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.convolution:
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """The error below, through ``weight``: here B, in the layout of the layer's weight."""
+        if self.convolution:
+            return self._backward(delta, x, weight, 0)
+        return delta @ weight
+
+    def weight_gradient(self, delta: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if self.convolution:
+            return self._backward(delta, x, weight, 1)
+        return delta.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def _backward(self, delta: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        grads = torch.ops.aten.convolution_backward(
+            delta, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
+        )
+        gradient: Tensor = grads[which]
+        return gradient
+
+    def regressors(self, delta: Tensor) -> Tensor:
+        """[samples, outputs]; for a convolution the patches of delta around each input position, [groups, samples, outputs * kernel]."""
+        if not self.convolution:
+            return delta.flatten(0, -2)
+        n, outputs = delta.shape[:2]
+        k = self.kernel[0] * self.kernel[1]
+        one_hot = torch.eye(k, dtype=delta.dtype, device=delta.device).view(1, k, *self.kernel).repeat(outputs, 1, 1, 1)
+        x = delta.new_empty(n, outputs * k, *self.size)
+        spread = Connection(True, outputs * k, self.kernel, self.size, self.stride, self.padding, self.dilation, outputs)
+        patches = spread._backward(delta, x, one_hot, 0)  # [n, outputs * k, height, width]
+        return patches.view(n, self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+
+    def samples(self, x: Tensor) -> Tensor:
+        """What the layer reads, as the regression's rows: [samples, channels] or [groups, samples, channels / groups]."""
+        if not self.convolution:
+            return x.flatten(0, -2)
+        return x.view(len(x), self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+
+    def matrix(self, B: Tensor) -> Tensor:
+        if not self.convolution:
+            return B
+        return B.unflatten(0, (self.groups, -1)).flatten(3).transpose(1, 2).flatten(2)
+
+    def unmatrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        if not self.convolution:
+            return matrix
+        return matrix.view(self.groups, shape[1], -1, *self.kernel).transpose(1, 2).reshape(shape)

@@ -1,0 +1,78 @@
+"""The two places where autograd is told what to do: the output's error to every point, and a layer's error through B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fbkernels.reference import Connection, layout
+
+if TYPE_CHECKING:
+    from fbkernels.points import FeedbackPoint
+
+
+class Deliver(torch.autograd.Function):
+    """Per-sample losses whose backward hands c e to the logits and c e B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
+
+    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        losses: Tensor,
+        e: Tensor,
+        feedback: tuple[Tensor, ...],
+        given: bool,
+        record: Callable[[Tensor], None] | None,
+        anchor: Tensor,
+        logits: Tensor,
+        *activities: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(e, *feedback)
+        ctx.given, ctx.record = given, record
+        ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
+        return losses.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, c: Tensor) -> Any:
+        e, *feedback = ctx.saved_tensors
+        if ctx.record is not None:
+            ctx.record(c)
+        (shape, dtype), *like = ctx.like
+        ce = c.to(e.dtype)[:, None] * e
+        grads = [ce.view(shape).to(dtype)]
+        for F, (shape, dtype) in zip(feedback, like, strict=True):
+            g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape)
+            grads.append(g.to(dtype))
+        return None, None, None, None, None, None, *grads
+
+
+class Transport(torch.autograd.Function):
+    """A layer that reads a point: forward through its weight, error back through B (SPEC 3, ``layerwise``)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, point: FeedbackPoint
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, B)
+        ctx.connection, ctx.point = connection, point
+        return connection.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor) -> Any:
+        x, weight, B = ctx.saved_tensors
+        connection = ctx.connection
+        ctx.point.delta = delta
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
+        grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None
+        grad_weight = connection.weight_gradient(delta, x_like, weight.to(delta.dtype)).to(weight.dtype) if need_weight else None
+        grad_bias = delta.sum([d for d in range(delta.ndim) if d != (1 if connection.convolution else delta.ndim - 1)]) if need_bias else None
+        return grad_x, grad_weight, grad_bias if grad_bias is None else grad_bias.to(weight.dtype), None, None, None

@@ -1,0 +1,239 @@
+"""From a plain network to one with feedback points, and back."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fbkernels import ops
+from fbkernels._check import in_interval, integer, one_of, positive
+from fbkernels.loss import unwrap
+from fbkernels.points import Feedback, FeedbackPoint
+from fbkernels.rules import Ridge, Rule
+
+
+def convert(
+    model: nn.Module,
+    *,
+    feedback: str = "direct",
+    rule: Rule | None = None,
+    noise_std: float = 0.05,
+    noise: str = "gaussian",
+    seed: int = 0,
+    points: Iterable[str] | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    every: int = 1,
+    fraction: float = 1.0,
+    antithetic: bool = False,
+    warmup: int = 0,
+    backend: str = "auto",
+) -> nn.Module:
+    """A network with feedback points around the very same Parameter and buffer objects; ``model`` stays as it was.
+
+    A point follows each hidden Linear and convolution layer, after its normalisation, activation and pooling, however the model's
+    forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already are used instead.
+
+    Args:
+        model: any module whose forward maps a batch to one tensor of outputs.
+        feedback: "direct" (every point gets e B^T from the output) or "layerwise" (every layer hands its error down through B).
+        rule: how B is learned; default ``Ridge()``.
+        noise_std: sigma > 0, in units of the activities.
+        noise: "gaussian" or "rademacher" (+-sigma).
+        seed: of the noise and of random B, 0 to 2^63 - 1.
+        points: names of modules to put a point right after, in the order of the forward pass, instead of finding them.
+        include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
+        every: perturb, and update B, on each ``every``-th step only.
+        fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, in (0, 1].
+        antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the even-order bias.
+        warmup: in the first ``warmup`` steps only B learns; parameters get no gradient.
+        backend: "auto" or a name from ``fbkernels.backends()``.
+
+    Raises:
+        TypeError, ValueError: an argument that is not of the form above; no hidden layer found; a rule that the feedback structure
+            does not carry; a name in ``points`` that is no module; a model that is converted already.
+        RuntimeError: a backend asked for by name that is not there.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, Feedback) for m in model.modules()):
+        raise ValueError("model is converted already: use fbkernels.revert first")
+    one_of("feedback", feedback, ("direct", "layerwise"))
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    ops.choose(backend, device)
+    rule = Ridge() if rule is None else rule
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be an fbkernels rule such as Ridge(), got {rule!r}")
+    if feedback not in rule.structures:
+        raise ValueError(f"feedback must be {' or '.join(map(repr, rule.structures))} with {rule!r}, got {feedback!r}")
+    owner = Feedback(
+        layerwise=feedback == "layerwise" and not rule.private,
+        rule=rule,
+        noise_std=float(positive("noise_std", noise_std)),
+        noise=one_of("noise", noise, ("gaussian", "rademacher")),
+        seed=integer("seed", seed, 0),
+        every=integer("every", every, 1),
+        fraction=float(in_interval("fraction", fraction, 0, 1, open_low=True)),
+        antithetic=bool(antithetic),
+        warmup=integer("warmup", warmup, 0),
+        backend=backend,
+    )
+    places = _places(model, points, include, exclude)
+    net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    owner.to(device)
+    if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
+        raise ValueError("model has an attribute 'feedback', the name fbkernels needs: rename it")
+    for name, kind in places.items():
+        module = net.get_submodule(name)
+        point = module if isinstance(module, FeedbackPoint) else getattr(module, "feedback", None)
+        if not isinstance(point, FeedbackPoint):
+            if point is not None:
+                raise ValueError(f"module {name!r} has an attribute 'feedback', the name fbkernels needs: rename it")
+            point = module.feedback = FeedbackPoint()
+            point.converted = True
+            if not isinstance(module, nn.Sequential):  # which runs the point itself, as its last child
+                module.register_forward_hook(point.attach if kind == "layer" else point.follow)
+        point.name, point.index, point._net = name, len(owner.points), (owner,)
+        owner.points[name] = point
+    # a child of the first point and not of the network, which may be a Sequential that runs its children
+    next(iter(owner.points.values())).shared = owner
+    net.__dict__["feedback"] = owner
+    net.register_forward_pre_hook(owner.begin, with_kwargs=True)
+    net.register_forward_hook(owner.end)
+    owner.train(model.training)
+    return net
+
+
+def _places(
+    model: nn.Module, points: Iterable[str] | None, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None
+) -> dict[str, str]:
+    """Where points go: module name -> "layer" (after its whole group), "module" (right after it) or "point" (is one)."""
+    modules = dict(model.named_modules())
+    if points is not None:
+        names = [points] if isinstance(points, str) else list(points)
+        for name in names:
+            if name not in modules or name == "":
+                raise ValueError(f"points: {name!r} is no module of the model; it has {', '.join(map(repr, list(modules)[1:]))}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"points must name each module once, and at least one, got {names!r}")
+        return {name: "module" for name in names}
+    own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
+    attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    layers = [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not (attention and n.startswith(attention))]
+    found = own or dict.fromkeys(layers[:-1], "layer")
+    found = {n: k for n, k in found.items() if _matches(n, include, True) and not _matches(n, exclude, False)}
+    if not found:
+        raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
+    return found
+
+
+def _matches(name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
+    if patterns is None:
+        return default
+    return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+
+
+def revert(net: nn.Module) -> nn.Module:
+    """The plain model of a converted network, around the same Parameter and buffer objects; ``net`` stays as it was.
+
+    Raises:
+        TypeError: net is not a converted network.
+    """
+    net = unwrap(net)
+    flush(net)
+    own = (Feedback, FeedbackPoint)
+    owned = {id(t) for m in net.modules() if isinstance(m, own) for t in m.buffers()}
+    model = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers()) if id(t) not in owned})
+    del model.__dict__["feedback"]
+    for module in list(model.modules()):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), own)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for child, point in list(module._modules.items()):
+            if isinstance(point, FeedbackPoint) and point.converted:
+                del module._modules[child]
+            elif isinstance(point, FeedbackPoint):
+                module._modules[child] = FeedbackPoint()
+    return model
+
+
+def points(net: nn.Module) -> Mapping[str, FeedbackPoint]:
+    """The network's feedback points in the order of the forward pass, by name."""
+    return MappingProxyType(_owner(net).points)
+
+
+def flush(net: nn.Module) -> None:
+    """Apply the pending update of every B now (SPEC 5). Exact at any time between two training steps."""
+    _owner(net).flush()
+
+
+def _owner(net: nn.Module) -> Feedback:
+    owner = unwrap(net).feedback
+    assert isinstance(owner, Feedback)
+    return owner
+
+
+@dataclass(frozen=True)
+class PointSummary:
+    """One row of ``fbkernels.summary``."""
+
+    name: str
+    layer: str
+    index: int
+    units: int
+    B: tuple[int, ...] | None
+    bytes: int
+
+
+class Summary(list[PointSummary]):
+    """What was converted; prints as a table."""
+
+    def __init__(self, rows: Iterable[PointSummary], title: str) -> None:
+        super().__init__(rows)
+        self.title = title
+
+    def __repr__(self) -> str:
+        head = ("point", "layer", "index", "units", "B", "memory")
+        rows = [
+            (r.name, r.layer, str(r.index), str(r.units or "?"), "x".join(map(str, r.B)) if r.B else "?", f"{r.bytes / 2**20:.2f} MiB" if r.B else "?")
+            for r in self
+        ]
+        width = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in (head, *rows)]
+        return "\n".join([self.title, *lines])
+
+    __str__ = __repr__
+
+
+def summary(net: nn.Module) -> Summary:
+    """What was converted: each point's layer, units, B and the memory of B and its statistics.
+
+    Shapes are known after the first training forward; until then they read "?".
+
+    Raises:
+        TypeError: net is not a converted network.
+    """
+    root, owner = unwrap(net), _owner(net)
+    rows = []
+    for name, point in owner.points.items():
+        B = point.B
+        own: Iterable[Tensor | None] = point._buffers.values()
+        size = sum(t.numel() * t.element_size() for t in own if t is not None)
+        rows.append(PointSummary(name, type(root.get_submodule(name)).__name__, point.index, point.units, None if B is None else tuple(B.shape), size))
+    shared = sum(t.numel() * t.element_size() for t in owner._buffers.values() if t is not None)
+    title = (
+        f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
+        f"{int(owner.skipped)} samples skipped, shared statistics {shared / 2**20:.2f} MiB"
+    )
+    return Summary(rows, title)
+
+
+__all__ = ["Summary", "convert", "flush", "points", "revert", "summary"]

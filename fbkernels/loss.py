@@ -1,0 +1,172 @@
+"""The loss that sees both streams: its value is the clean loss, its backward the learned feedback."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbkernels.autograd import Deliver
+from fbkernels.points import Feedback
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The converted network inside DistributedDataParallel or torch.compile."""
+    while not isinstance(getattr(net, "feedback", None), Feedback):
+        inner = getattr(net, "_orig_mod", None) or getattr(net, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"net must be a network converted by fbkernels.convert, got {type(net).__name__}")
+        net = inner
+    return net
+
+
+class PerSample:
+    """Per-sample losses of a criterion in float64, so that L~ - L of two nearly equal losses keeps its digits (SPEC 2).
+
+    ``reduction``: how the criterion itself sums them up, "mean", "sum" or "none".
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        self.criterion = criterion
+        self.reduction = "none"
+        self.exact: Callable[..., Tensor] = criterion
+        if isinstance(criterion, nn.Module):
+            if any(p.requires_grad for p in criterion.parameters()):
+                raise ValueError("criterion has parameters that require a gradient, which would not get one: put them into the network")
+            exact = copy.deepcopy(criterion).double()
+            if hasattr(exact, "reduction"):
+                self.reduction, exact.reduction = exact.reduction, "none"
+            self.exact = exact
+        elif isinstance(criterion, functools.partial) or "reduction" in inspect.signature(criterion).parameters:
+            keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
+            if "reduction" in inspect.signature(criterion).parameters:
+                self.reduction = keywords.get("reduction", inspect.signature(criterion).parameters["reduction"].default)
+                self.exact = functools.partial(criterion, reduction="none")
+
+    def __call__(self, logits: Tensor, target: Any) -> Tensor:
+        """[N] losses, such that their mean, or sum, is the criterion's value."""
+        target = target.to(logits.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
+        losses = self.exact(logits, target)
+        if losses.ndim == 0 or len(losses) != len(logits):
+            raise ValueError(
+                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
+                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample"
+            )
+        if self.reduction == "none" and losses.ndim > 1:
+            raise ValueError(f"criterion with reduction='none' must return shape ({len(logits)},), got {tuple(losses.shape)}: use 'mean' or 'sum'")
+        per = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
+        return per * (len(per) / self._count(logits, target, losses)) if self.reduction == "mean" else per
+
+    def _count(self, logits: Tensor, target: Tensor, losses: Tensor) -> Any:
+        # what reduction="mean" divides by: class weights and ignored targets count
+        weight, ignored = getattr(self.exact, "weight", None), getattr(self.exact, "ignore_index", None)
+        if isinstance(self.exact, functools.partial):
+            weight, ignored = self.exact.keywords.get("weight"), self.exact.keywords.get("ignore_index", -100)
+        if target.is_floating_point() or ignored is None:
+            return losses.numel()
+        valid = target != ignored
+        return valid.sum() if weight is None else weight.to(logits.dtype)[torch.where(valid, target, 0)].mul(valid).sum()
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+class PerturbedLoss(nn.Module):
+    """``criterion(net(x), y)`` for a converted network.
+
+    The value is the clean loss. In training it also computes ``dL_n = L~_n - L_n`` and ``e_n = dL_n/dlogits_n`` (in float64, per sample,
+    not divided by N or by a loss scale), lets the rule learn from them, and advances the network's step. Its backward hands
+    ``c_n e_n`` to the logits, c_n the weight of sample n in whatever is differentiated (1/N of a mean, times a loss scale), and
+    ``c_n e_n B_l^T`` to each hidden activity (``direct``), or starts the chain of errors through B (``layerwise``).
+
+    Args:
+        criterion: a loss module or function with per-sample losses: one with a ``reduction`` of "mean", "sum" or "none", or a callable
+            ``(output, target) -> [N]``.
+        net: the network from ``fbkernels.convert``, also inside DistributedDataParallel or torch.compile.
+
+    Raises:
+        TypeError: net is not a converted network.
+        ValueError: no per-sample losses; logits that are not the output of the network's last forward.
+        RuntimeError: called inside torch.func.grad, vmap or jvp, which would differentiate past the feedback (pytorch #193279).
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor], net: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.per_sample = PerSample(criterion)
+        self._net = (unwrap(net),)  # a tuple: the loss does not own the network's parameters
+
+    def forward(self, logits: Tensor, target: Any) -> Tensor:
+        root = self._net[0]
+        net = root.feedback
+        assert isinstance(net, Feedback)
+        if not root.training:
+            return self.criterion(logits, target)
+        if _transformed(logits):
+            raise RuntimeError(
+                "learned feedback inside a torch.func transform: it would differentiate through the forward weights instead of B; "
+                "call loss.backward() or torch.autograd.grad"
+            )
+        if net.logits is None or logits is not net.logits:
+            raise ValueError("PerturbedLoss must be called once with the output of the network's last training forward: criterion(net(x), y)")
+        losses, e = error(self.per_sample, logits.detach().double(), target)
+        with torch.no_grad():
+            perturbed = None
+            if net.perturbing and net.perturbed is not None:
+                targets = net.rows(target) if isinstance(target, Tensor) else target
+                perturbed = self.per_sample(net.perturbed.double(), targets)
+            m = net.measure(losses, perturbed, e)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        out = attach(net, m, losses.to(dtype), e.to(dtype), logits)
+        net.activities, net.logits = {}, None
+        with torch.no_grad():
+            if net.rule.supervised:
+                from fbkernels.metrics import true_gradients
+
+                m.targets = true_gradients(root, self.per_sample, target)
+            if net.rule.adapts and (perturbed is not None or not net.rule.perturbs):
+                net.schedule(m)
+            net.advance()
+        net.warn()
+        return self.per_sample.reduce(out)
+
+
+def _transformed(x: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:
+    """Per-sample losses and e = dL_n/dlogits_n [N, outputs], both float64."""
+    with torch.enable_grad():
+        z = logits.requires_grad_()
+        losses = per_sample(z, target)
+        (e,) = torch.autograd.grad(losses.sum(), z)
+    return losses.detach(), e.flatten(1)
+
+
+def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor) -> Tensor:
+    """The losses with the feedback as their backward."""
+    points = [net.points[name] for name in net.activities]
+    record = None
+    feedback: tuple[Tensor, ...] = ()
+    activities: tuple[Tensor, ...] = ()
+    if net.rule.private:
+        padding = len(logits) - m.rows
+        given = [net.rule.gradients(point, m) for point in points]
+        feedback = tuple(nn.functional.pad(g, (*[0] * (2 * g.ndim - 1), padding)) if padding else g for g in given)
+        activities = tuple(net.activities.values())
+    elif net.layerwise:
+
+        def record(c: Tensor) -> None:
+            m.scale = c.detach()
+    else:
+        feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
+        activities = tuple(net.activities.values())
+    anchor = torch.zeros((), device=e.device, requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
+    out: Tensor = Deliver.apply(losses, e, feedback, net.rule.private, record, anchor, logits, *activities)
+    return out

@@ -1,0 +1,154 @@
+"""How close learned feedback is to backprop."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbkernels import reference
+from fbkernels.loss import PerSample, PerturbedLoss, attach, error, unwrap
+from fbkernels.points import Feedback
+
+
+def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, dict[str, float]]:
+    """Learned against true gradients on one batch, a dictionary of numbers for each point.
+
+    All in float64 on a copy of the network, without noise, with the batch statistics and dropout masks of a training step.
+
+    * ``angle``: degrees, 0 to 180, between the learned and the true ``dL/dh_l`` of the whole batch, as one vector each.
+    * ``update_angle``: the same between the gradients of the parameters of the point's own layer.
+    * ``weight_angle``: between B and what it stands for: W_(l+1)^T in ``layerwise``; in ``direct`` the best linear map from e to the true
+      gradient on this batch.
+    * ``sign_congruence``: fraction of B's entries with that map's sign; 0 counts half (PAPER 5).
+    * ``relative_error``: ``|W - B| / |W|``; ``projected_error``: the same weighted by the regressors, ``|(W - B) R^T| / |W R^T|``, the one
+      that theory speaks of, since B is seen through its regressors only.
+    * ``norm_ratio``: ``|learned| / |true|`` of dL/dh_l.
+
+    Quantities that a rule does not have (pure node perturbation has no B) are nan. Parameters, buffers, random number generators and the
+    network's step stay as they are.
+
+    Args:
+        net: a converted network.
+        criterion: as for ``PerturbedLoss``.
+        x, y: one batch.
+
+    Raises:
+        TypeError: net is not a converted network.
+    """
+    per_sample = criterion.per_sample if isinstance(criterion, PerturbedLoss) else PerSample(criterion)
+    result: dict[str, dict[str, float]] = {}
+    with _copy(net) as probe:
+        true, true_weights, _ = _gradients(probe, per_sample, (x,), {}, y, exact=True)
+        learned, weights, e = _gradients(probe, per_sample, (x,), {}, y, exact=False)
+        owner = _owner(probe)
+        for name, point in owner.points.items():
+            if name not in true:
+                continue
+            g, t = learned.get(name), true[name]
+            B, W, R = _maps(owner, name, t, e)
+            row = {"angle": _angle(g, t), "update_angle": _angle(weights.get(name), true_weights.get(name))}
+            row["weight_angle"] = _angle(B, W)
+            row["sign_congruence"] = math.nan if B is None or W is None else float(((B.sign() * W.sign() + 1) / 2).mean())
+            row["relative_error"] = math.nan if B is None or W is None else float((W - B).norm() / W.norm())
+            row["projected_error"] = math.nan if B is None or W is None or R is None else float(((W - B) @ R.mT).norm() / (W @ R.mT).norm())
+            row["norm_ratio"] = math.nan if g is None else float(g.norm() / t.norm())
+            result[name] = row
+            point.delta = None
+    return result
+
+
+def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, float]:
+    """The angle of the authors' code, for comparison with their figures only: B r against W r of sample 0 alone, the same r for both, and
+    *folded*, 180 - theta where theta > 90, so that anti-aligned feedback looks aligned (PAPER 5). Layerwise; degrees."""
+    per_sample = criterion.per_sample if isinstance(criterion, PerturbedLoss) else PerSample(criterion)
+    result = {}
+    with _copy(net) as probe:
+        true, _, _ = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=True)
+        _, _, e = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=False)
+        for name in _owner(probe).points:
+            B, W, R = _maps(_owner(probe), name, true[name], e)
+            theta = math.nan if B is None or W is None or R is None else _angle(B @ R.mT, W @ R.mT)
+            result[name] = min(theta, 180 - theta)
+    return result
+
+
+def true_gradients(net: nn.Module, per_sample: PerSample, target: Any) -> dict[str, Tensor]:
+    """Backprop's dL/dh_l of the network's last training forward, by point, batch first: the target of supervised rules."""
+    args, kwargs = _owner(net).inputs
+    with _copy(net) as probe:
+        return _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
+
+
+def _owner(net: nn.Module) -> Feedback:
+    owner = unwrap(net).feedback
+    assert isinstance(owner, Feedback)
+    return owner
+
+
+@contextlib.contextmanager
+def _copy(net: nn.Module) -> Iterator[nn.Module]:
+    root, owner = unwrap(net), _owner(net)
+    owner.flush()
+    devices = [owner.step.device] if owner.step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(owner.step.device.type, enabled=False):
+        probe = copy.deepcopy(root).double()
+        for p in probe.parameters():
+            p.requires_grad_(True)
+        yield probe.train()
+
+
+def _gradients(
+    probe: nn.Module, per_sample: PerSample, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, exact: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """dL/dh_l, dL/d(parameters of layer l) as one vector, and e; of the sum of the per-sample losses."""
+    owner = _owner(probe)
+    owner.probe = "exact" if exact else "learned"
+    double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    probe.zero_grad()
+    with torch.random.fork_rng([owner.step.device] if owner.step.device.type == "cuda" else []):  # both passes draw the same dropout masks
+        logits = probe(*map(double, args), **{k: double(v) for k, v in kwargs.items()})
+    activities = dict(owner.activities)
+    for h in activities.values():
+        h.retain_grad()
+    losses, e = error(per_sample, logits.detach(), target)
+    if exact:
+        per_sample(logits, target).sum().backward()
+    else:
+        perturbed = None if owner.perturbed is None else per_sample(owner.perturbed, owner.rows(target))
+        m = owner.measure(losses, perturbed, e)
+        attach(owner, m, losses, e, logits).sum().backward()
+    hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
+    weights = {}
+    for name in activities:
+        own = [p.grad.flatten() for p in probe.get_submodule(name).parameters() if p.grad is not None]
+        if own:
+            weights[name] = torch.cat(own)
+    return hidden, weights, e
+
+
+def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """B, the map that it stands for, and its regressors, as matrices."""
+    point = owner.points[name]
+    B = owner.rule.feedback(point)
+    if B is None:
+        return None, None, None
+    if not owner.layerwise:
+        return B, torch.linalg.lstsq(e, reference.units(t), driver="gelsd" if e.device.type == "cpu" else "gels").solution.T, e
+    assert point.weight is not None and point.connection is not None and point.delta is not None
+    W = point.weight.detach()
+    W = W if point.connection.convolution else W.T
+    return point.connection.matrix(B), point.connection.matrix(W), point.connection.regressors(point.delta)
+
+
+def _angle(a: Tensor | None, b: Tensor | None) -> float:
+    if a is None or b is None:
+        return math.nan
+    a, b = a.flatten(), b.flatten()
+    cosine = float(a @ b / (a.norm() * b.norm()))
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine)))) if math.isfinite(cosine) else math.nan

@@ -1,0 +1,69 @@
+"""Drop-in layers with a fused activation and a feedback point at the output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbkernels._check import one_of
+from fbkernels.points import FeedbackPoint
+
+ACTIVATIONS = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": nn.functional.gelu,
+}
+
+
+class _Layer(nn.Module):
+    activation: str
+    feedback: FeedbackPoint
+
+    def _finish(self, z: Tensor) -> Tensor:
+        h: Tensor = self.feedback(ACTIVATIONS[self.activation](z))
+        return h
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}"
+
+
+class Linear(_Layer, nn.Linear):
+    """``point(phi(x W^T + b))``: ``nn.Linear``, its activation, and a feedback point; any leading dimensions.
+
+    Args:
+        activation: "identity", "relu", "tanh", "sigmoid" or "gelu"; the others are those of ``nn.Linear``.
+
+    Raises:
+        ValueError: unknown activation.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, activation: str = "identity", **kwargs: Any) -> None:
+        one_of("activation", activation, ACTIVATIONS)
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self.activation, self.feedback = activation, FeedbackPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._finish(nn.Linear.forward(self, x))
+
+
+class Conv2d(_Layer, nn.Conv2d):
+    """``point(phi(conv(x)))``: ``nn.Conv2d`` with its stride, dilation, groups and padding modes, its activation, and a feedback point.
+
+    Args:
+        activation: "identity", "relu", "tanh", "sigmoid" or "gelu"; the others are those of ``nn.Conv2d``.
+
+    Raises:
+        ValueError: unknown activation.
+    """
+
+    def __init__(self, *args: Any, activation: str = "identity", **kwargs: Any) -> None:
+        one_of("activation", activation, ACTIVATIONS)
+        super().__init__(*args, **kwargs)
+        self.activation, self.feedback = activation, FeedbackPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._finish(nn.Conv2d.forward(self, x))

@@ -1,0 +1,101 @@
+"""What a rule sees of a training step, and what it answers: the gains (M, G) of B <- B (I - M) + Xi^T G (SPEC 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fbkernels.points import FeedbackPoint
+
+Gain = Tensor | tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Measurement:
+    """One perturbed step. N samples; S = N x positions regression samples; m regressors; K outputs."""
+
+    step: Tensor  # int64, 0-d: whose noise this is
+    rows: int  # N
+    std: float  # sigma
+    units: int  # n_tot, the noisy units of all points
+    regressor: Tensor  # R [S, m], or [groups, S, m] for a layerwise convolution
+    w: Tensor  # [S] dL / sigma^2
+    loss_change: Tensor  # [N] dL
+    output_change: Tensor  # [N, K] y~ - y
+    points: tuple[str, ...]  # the points that ran
+    ok: Tensor  # [N] bool: the samples whose losses are finite; the others are zero above
+    scale: Tensor | None = None  # [N] dloss/dL_n, known after the backward pass: 1/N of a mean, an AMP loss scale
+    prediction: Tensor | float = 0.0  # joint rules: sum_l Xi_l B_l [N, K] in direct, predicted dL [N] in layerwise
+    gains: tuple[Gain, Tensor] | None = None
+    targets: dict[str, Tensor] | None = None  # supervised rules: the true dL/dh_l of each point
+
+    def at(self, regressor: Tensor) -> Measurement:
+        """The same step with a layer's own regressors; every position of a sample is a sample of the regression."""
+        positions = regressor.shape[-2] // self.rows
+        return replace(self, regressor=regressor, w=self.w.repeat_interleave(positions))
+
+    def per_position(self, s: Tensor) -> Tensor:
+        """[N, ...] -> [S, ...]"""
+        return s.repeat_interleave(len(self.w) // self.rows, 0)
+
+    @property
+    def power(self) -> Tensor:
+        """|r_n|^2 of each sample, summed over its positions and groups, at every position: [S]."""
+        square = self.regressor.square().sum(-1)
+        square = square.sum(0) if square.ndim > 1 else square
+        return self.per_position(square.view(self.rows, -1).sum(1))
+
+
+class Rule:
+    """How B is learned.
+
+    A rule of the common form overrides ``update`` alone. ``statistics`` names the tensors that it keeps between steps: ``update`` reads
+    and writes them in the dictionary it is given, and they are saved with the network. The exceptions to the form override ``learn``
+    (another update of B), ``feedback`` (B is computed, not learned) or ``gradients`` (no B at all) and say so in their docstrings.
+    """
+
+    structures: tuple[str, ...] = ("direct", "layerwise")
+    statistics: tuple[str, ...] = ()
+    learned = True  # has a B of its own
+    adapts = True  # B changes
+    perturbs = True  # needs the perturbed stream
+    predicts = False  # needs the prediction Xi B of this step (joint rules)
+    mirrors = False  # needs what the perturbation did to the next layer's input and pre-activation
+    supervised = False  # needs the true gradient
+    private = False  # gives every point its gradient itself
+
+    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
+        """B before the first step: zero, the ridge's own prior."""
+        return torch.zeros(shape)
+
+    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
+        """(M, G) of B <- B (I - M) + Xi^T G."""
+        raise NotImplementedError(f"{type(self).__name__} does not update B")
+
+    def learn(self, point: FeedbackPoint, m: Measurement) -> None:
+        """Apply the update of a step to one point's B."""
+        assert m.gains is not None
+        point.update(m, *m.gains)
+
+    def feedback(self, point: FeedbackPoint) -> Tensor | None:
+        """The point's current B."""
+        return point._buffers.get("B")
+
+    def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:
+        """``private`` rules: dL/dh_l itself, in the layout of the activity."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+
+def random_start(shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
+    """Fixed random feedback: U(+-1/sqrt(units)) in direct (PAPER 1.5), N(0, 2/fan_in) of the next layer in layerwise (PAPER 1.2)."""
+    if layerwise:
+        fan_in = shape[0] if len(shape) == 2 else shape[1] * shape[2] * shape[3]
+        return torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
+    return (2 * torch.rand(shape, generator=generator) - 1) / shape[0] ** 0.5

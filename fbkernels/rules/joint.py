@@ -1,0 +1,47 @@
+"""One joint regression over the noise of all layers (SPEC 4, "Our rule")."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fbkernels._check import in_interval, one_of
+from fbkernels.rules.base import Gain, Measurement, Rule
+
+
+class Joint(Rule):
+    """Regress what the noise of *all* layers did on all of it at once, so that no layer's noise is another layer's error (SPEC 4).
+
+    ``signal="loss"``:   ``s_n = dL_n - sum_l (xi_l[n] B_l) . r_l[n]``, ``G = lr s r / (sigma^2 n_tot (|r|^2 + eps))``, ``M = 0``.
+    ``signal="output"``: ``s_n = (y~_n - y_n) - sum_l xi_l[n] B_l``, ``G = lr s / (sigma^2 n_tot)``, ``M = 0``; direct feedback only.
+
+    B_l converges to the mean Jacobian of the output with respect to layer l; it needs about n_tot samples with "output", n_tot * K with
+    "loss". Where a batch has more samples than n_tot, n_tot is replaced by their number, without which the sum would overshoot.
+
+    Args:
+        lr: mu in (0, 1]; 0.1 to 0.2 where it tracks moving weights.
+        signal: "loss" (one scalar a sample) or "output" (K a sample).
+
+    Raises:
+        ValueError: lr outside (0, 1], unknown signal.
+    """
+
+    predicts = True
+
+    def __init__(self, lr: float = 0.2, signal: str = "loss") -> None:
+        self.lr = in_interval("lr", lr, 0, 1, open_low=True)
+        self.signal = one_of("signal", signal, ("loss", "output"))
+        if signal == "output":
+            self.structures = ("direct",)
+
+    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
+        scale = self.lr / (m.std**2 * max(m.units, m.rows))
+        if self.signal == "output":
+            return None, scale * (m.output_change - m.prediction)
+        prediction = m.prediction
+        if isinstance(prediction, Tensor) and prediction.ndim == 2:
+            prediction = (prediction * m.regressor).sum(1)
+        s = m.per_position(m.loss_change - prediction)
+        return None, (scale * s / (m.power + 1e-12))[:, None] * m.regressor
+
+    def __repr__(self) -> str:
+        return f"Joint(lr={self.lr}, signal={self.signal!r})"

@@ -1,0 +1,32 @@
+"""Least mean squares: the rule of the paper's convnets and autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fbkernels._check import positive
+from fbkernels.rules.base import Gain, Measurement, Rule, random_start
+
+
+class LMS(Rule):
+    """Stochastic gradient of 1/2 |B r - lam|^2: ``k = lr r``, every sample from the same B, a sum and not a mean (SPEC 4; PAPER 1.5).
+
+    ``M = lr R^T R``, ``G = lr w * R``. Stable iff ``lr < 2 / lambda_max(R^T R)``. B starts random, as the authors' does.
+
+    Args:
+        lr: > 0, in units of 1 / |r|^2.
+
+    Raises:
+        ValueError: lr <= 0.
+    """
+
+    def __init__(self, lr: float) -> None:
+        self.lr = positive("lr", lr)
+
+    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
+        return random_start(shape, layerwise, generator)
+
+    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
+        Q = self.lr * m.regressor
+        return m.regressor.mT @ Q, m.w[:, None] * Q

@@ -1,0 +1,52 @@
+"""Online ridge regression by recursive least squares: the rule of the paper's MNIST networks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fbkernels._check import in_interval, positive
+from fbkernels.rules.base import Gain, Measurement, Rule
+
+
+class Ridge(Rule):
+    """Recursive least squares of lam = dL xi / sigma^2 on r, with a ridge (SPEC 4; PAPER 1.2).
+
+    A sample at a time: ``k = P r / (beta + r^T P r)``, ``B <- B + (lam - B r) k^T``, ``P <- (P - k (P r)^T) / beta``, ``P_0 = I / gamma``.
+    Here a batch at a time, which is the same: ``V <- beta^N V + R^T D R``, ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q`` with
+    ``D = diag(beta^(N-1), ..., 1)``. With ``beta = 1`` B is exactly ``S V^-1``, ``V = gamma I + sum r r^T``, ``S = sum lam r^T``.
+
+    Args:
+        gamma: the ridge, > 0, in units of |r|^2.
+        forgetting: beta in (0, 1] per sample. Below 1 the ridge is renewed, ``V >= gamma I``, so that directions which r never excites
+            (cross-entropy errors sum to zero) cannot wind up.
+
+    Statistics: V [m, m] in float64, so that 1e8 samples do not drift; factored anew each step.
+
+    Raises:
+        ValueError: gamma <= 0 or forgetting outside (0, 1].
+    """
+
+    statistics = ("V",)
+
+    def __init__(self, gamma: float = 0.1, forgetting: float = 1.0) -> None:
+        self.gamma = positive("gamma", gamma)
+        self.forgetting = in_interval("forgetting", forgetting, 0, 1, open_low=True)
+
+    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
+        R = m.regressor.double()
+        samples = R.shape[-2]
+        ridge = self.gamma * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+        V = state.get("V", ridge.expand(*R.shape[:-2], *ridge.shape).clone())
+        weighted = R
+        if self.forgetting < 1:
+            age = torch.arange(samples - 1, -1, -1, dtype=R.dtype, device=R.device)
+            weighted = R * (self.forgetting**age)[:, None]
+            keep = self.forgetting**samples
+            V = keep * V + (1 - keep) * ridge
+        V = V + R.mT @ weighted
+        state["V"] = V
+        # symmetric solve: Q = weighted V^-1
+        Q = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(V)).mT
+        M = (R, Q) if 2 * samples < R.shape[-1] else R.mT @ Q
+        return M, m.w[:, None] * Q

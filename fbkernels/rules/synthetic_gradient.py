@@ -1,0 +1,45 @@
+"""Linear synthetic gradients: the same regression with the true gradient as its target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fbkernels._check import positive
+from fbkernels.rules.base import Gain, Measurement, Rule, random_start
+
+if TYPE_CHECKING:
+    from fbkernels.points import FeedbackPoint
+
+
+class SyntheticGradient(Rule):
+    """LMS on the true gradient: ``B <- B + lr (lam - B r) r^T`` summed over the batch, lam = dL/dh_l by backprop (PAPER 4).
+
+    What a perfect perturbation would teach; costs a second forward and backward pass. Exception to the form: the target replaces
+    Xi * w. B starts random, as with LMS.
+
+    Args:
+        lr: > 0, in units of 1 / |r|^2.
+
+    Raises:
+        ValueError: lr <= 0.
+    """
+
+    perturbs = False
+    supervised = True
+
+    def __init__(self, lr: float) -> None:
+        self.lr = positive("lr", lr)
+
+    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
+        return random_start(shape, layerwise, generator)
+
+    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
+        Q = self.lr * m.regressor
+        return m.regressor.mT @ Q, Q
+
+    def learn(self, point: FeedbackPoint, m: Measurement) -> None:
+        assert m.gains is not None and m.targets is not None
+        point.update(m, *m.gains, target=m.targets[point.name])
+

@@ -1,0 +1,186 @@
+"""Two streams through one forward: a tensor that carries its perturbed twin (SPEC 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fbkernels.points import Feedback, FeedbackPoint
+
+# What may follow a layer before its feedback point: the noise goes in after normalisation, activation and pooling (SPEC 1).
+_NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm"}
+_ACTIVATIONS = set(
+    "relu relu_ tanh tanh_ sigmoid sigmoid_ gelu silu elu elu_ leaky_relu leaky_relu_ hardtanh hardtanh_ relu6 softplus mish hardswish "
+    "hardsigmoid selu selu_ celu celu_ prelu threshold threshold_ softsign logsigmoid tanhshrink softshrink hardshrink clamp clamp_".split()
+)
+_POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for d in (1, 2, 3)}
+_GROUP = _NORMS | _ACTIVATIONS | _POOLS
+# Linear maps that carry a point's noise unchanged to the layer that reads it.
+_REARRANGEMENTS = set("flatten view reshape permute transpose movedim squeeze unsqueeze contiguous pad unflatten to float double".split())
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_UNSHARED = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "fractional_max_pool2d", "fractional_max_pool3d"}
+_METADATA = set(
+    "size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex get_device storage_offset "
+    "data_ptr __len__ __repr__ __format__ __hash__ type is_same_size untyped_storage".split()
+)
+_VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties whose value is an activity
+
+
+class Streams(Tensor):
+    """The clean activity, as a tensor, with its perturbed twin beside it.
+
+    Whatever function of torch the model's forward calls runs on both: on ``clean`` as ever, on ``perturbed`` without autograd. Dropout
+    masks and batch statistics come from the clean stream. ``perturbed`` is None as long as both are the same numbers, so that what lies
+    before the first noise is computed once. ``pending`` is the point of the layer whose normalisation, activation and pooling are still
+    running; the first other function that reads the activity puts the noise in. ``source`` is the point whose activity this is, with the
+    rearrangements since.
+    """
+
+    clean: Tensor
+    perturbed: Tensor | None
+    net: Feedback
+    pending: FeedbackPoint | None
+    source: tuple[FeedbackPoint, tuple[Callable[[Tensor], Tensor], ...]] | None
+    realised: Streams | None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return _run(func, func.__name__, args, kwargs or {})
+
+
+def streams(
+    net: Feedback, clean: Tensor, perturbed: Tensor | None, pending: FeedbackPoint | None = None, source: Any = None
+) -> Streams:
+    """Pair a clean and a perturbed tensor (None: the same numbers)."""
+    with torch.no_grad():
+        pair = clean.as_subclass(Streams)
+    pair.clean, pair.perturbed, pair.net, pair.pending, pair.source, pair.realised = clean, perturbed, net, pending, source, None
+    return pair
+
+
+def twin(s: Streams) -> Tensor:
+    """The perturbed rows, also where they are still the clean ones."""
+    return s.net.rows(s.clean.detach()) if s.perturbed is None else s.perturbed
+
+
+def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name in _METADATA or name == "__get__" and func.__self__ not in _VIEWS:
+        return func(*_map(_clean, args), **kwargs)
+    if name not in _GROUP:
+        args, kwargs = _map(_realise, args), _map(_realise, kwargs)
+    every = _all((args, kwargs))
+    first, net = every[0], every[0].net
+    if name in _UNSHARED:
+        raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or take it out of the model")
+    if name in _DROPOUTS:
+        return _dropout(func, first, args, kwargs)
+    if func is F.batch_norm:
+        return _batch_norm(first, *args[1:], **kwargs)
+    if net.transports and first.source is not None and name in ("linear", "conv1d", "conv2d", "conv3d"):
+        return net.transport(name, *args, **kwargs)
+
+    differ = any(s.perturbed is not None for s in every)
+    in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__") or name.startswith("__i") or kwargs.get("inplace")
+    if in_place and differ and first.perturbed is None:
+        first.perturbed = twin(first).clone()
+    constant = net.constant if net.warming else _same
+    clean = func(*_map(_clean, args, constant), **_map(_clean, kwargs, constant))
+    if name.startswith(("new_", "rand", "bernoulli")) or name.endswith("_like"):
+        return clean
+    perturbed = None
+    if differ:
+        args, kwargs = _map(twin, args), _map(twin, kwargs)
+        with torch.no_grad():
+            perturbed = func(*_fit(name, args, first.clean.shape[0]), **kwargs)
+    source = None
+    if net.transports and first.source is not None and name in _REARRANGEMENTS:
+        rest, n = args[1:], first.clean.shape[0]
+        source = (first.source[0], (*first.source[1], lambda t: func(*_fit(name, (t, *rest), n), **kwargs)))
+    if isinstance(clean, Tensor):
+        return streams(net, clean, perturbed, first.pending if name in _GROUP else None, source)
+    if isinstance(clean, (tuple, list)):
+        twins = perturbed if differ else [None] * len(clean)
+        return tuple([streams(net, c, p) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
+    return clean
+
+
+def _map(f: Callable[[Streams], Any], tree: Any, leaf: Callable[[Any], Any] | None = None) -> Any:
+    if isinstance(tree, Streams):
+        return f(tree)
+    if isinstance(tree, (list, tuple)) and not hasattr(tree, "numel"):  # torch.Size passes as it is
+        return type(tree)([_map(f, x, leaf) for x in tree])
+    if isinstance(tree, dict):
+        return {k: _map(f, v, leaf) for k, v in tree.items()}
+    return leaf(tree) if leaf is not None else tree
+
+
+def _all(tree: Any) -> list[Streams]:
+    if isinstance(tree, Streams):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [s for x in tree for s in _all(x)] if isinstance(tree, (list, tuple)) else []
+
+
+def _clean(s: Streams) -> Tensor:
+    return s.clean
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _realise(s: Streams) -> Streams:
+    if s.pending is None:
+        return s
+    if s.realised is None:
+        s.realised = s.pending.perturb(s)
+    return s.realised
+
+
+def _fit(name: str, args: tuple[Any, ...], n: int) -> tuple[Any, ...]:
+    # x.view(len(x), -1): the perturbed stream can have another number of rows than the clean one (fraction, antithetic)
+    if name not in ("view", "reshape") or len(args[0]) == n:
+        return args
+    shape = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+    return (args[0], (len(args[0]), *shape[1:])) if shape[0] == n else args
+
+
+def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+    if "inplace" in kwargs:
+        kwargs = {**kwargs, "inplace": False}
+    with torch.no_grad():
+        mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
+        rows = s.net.rows(mask)
+        perturbed = None if s.perturbed is None else s.perturbed * rows
+    source = s.source and (s.source[0], (*s.source[1], lambda t: t * rows[: len(t)]))
+    return streams(s.net, s.clean * mask, perturbed, None, source)
+
+
+def _batch_norm(
+    s: Streams,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Streams:
+    constant = s.net.constant if s.net.warming else _same
+    clean = F.batch_norm(s.clean, running_mean, running_var, constant(weight), constant(bias), training, momentum, eps)
+    perturbed = None
+    if s.perturbed is not None:
+        with torch.no_grad():
+            mean, var = running_mean, running_var
+            if training:
+                x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
+                var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+            perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, eps)
+    return streams(s.net, clean, perturbed, s.pending)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CXX = os.environ.get("CXX", "g++")
+CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Werror"
+NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings"
+# each *_simd.cpp is compiled once for each of these, the rest for baseline x86-64; gcc 12 warns of its own avx512fintrin.h (PR105593)
+SIMD = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma -Wno-maybe-uninitialized"} if platform.machine() in ("x86_64", "AMD64") else {}
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    path: str
+    release: str
+    libraries: tuple[str, ...]
+
+
+def find_nvcc() -> Nvcc:
+    """Asks nvcc itself where its libraries are: the one on PATH may be a shim, beside which there is nothing."""
+    home = os.environ.get("CUDA_HOME")
+    path = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if path is None:
+        raise FileNotFoundError(f"no nvcc in CUDA_HOME={home}" if home else "no nvcc on PATH and CUDA_HOME is not set")
+    try:
+        dry = subprocess.run(
+            [path, "--dryrun", "-x", "cu", "/dev/null", "-c", "-o", "/dev/null"], capture_output=True, text=True, check=True
+        )
+        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FileNotFoundError(f"{path} does not run: {error}") from error
+    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.MULTILINE)
+    release = re.search(r"\bV(\d+\.\d+\.\d+)", version.stdout)
+    if libraries is None or release is None:
+        raise FileNotFoundError(f"{path} does not answer like nvcc")
+    return Nvcc(path, release[1], tuple(shlex.split(libraries[1])))
+
+
+def cuda_toolkit() -> Nvcc | str:
+    """The toolkit that ``FBK_CUDA=0|1|auto`` asks for, or why there is none."""
+    choice = os.environ.get("FBK_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise ValueError(f"FBK_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return "FBK_CUDA=0 when it was built"
+    try:
+        return find_nvcc()
+    except FileNotFoundError as error:
+        if choice == "1":
+            raise RuntimeError(f"FBK_CUDA=1, but {error}: install the CUDA toolkit, and put nvcc on PATH or set CUDA_HOME") from error
+        return f"{error} when it was built"
+
+
+def gencode(archs: str) -> list[str]:
+    """Machine code for each of ``"80;90"``, and PTX of the last for what comes after it."""
+    names = archs.split(";")
+    if not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
+        raise ValueError(f"FBK_CUDA_ARCHS must look like '80;90', got {archs!r}")
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in names] + [f"-gencode=arch=compute_{names[-1]},code=compute_{names[-1]}"]
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cuda = cuda_toolkit()
+        archs = os.environ.get("FBK_CUDA_ARCHS", "80;90")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        config = {"FBK_VERSION": self.distribution.get_version()}
+        config |= {"FBK_CUDA_OFF": cuda} if isinstance(cuda, str) else {"FBK_NVCC": cuda.release, "FBK_CUDA_ARCHS": archs}
+        write_if_changed(build / "build_config.h", "".join(f'#define {name} "{value}"\n' for name, value in config.items()))
+        print(f"fbkernels: CUDA off, {cuda}" if isinstance(cuda, str) else f"fbkernels: CUDA {cuda.release}, {archs}", flush=True)
+
+        include = f"-I{build} " + " ".join(f"-isystem {path}" for path in (sysconfig.get_path("include"), pybind11.get_include()))
+        lines = [
+            f"rule cxx\n  command = {CXX} -MD -MF $out.d {CXXFLAGS} {include} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {CXX} -shared -fopenmp -s -Wl,--exclude-libs,ALL $in $libs -o $out",
+        ]
+        objects = []
+
+        def compile(rule: str, source: Path, variant: str = "", flags: str = "") -> None:
+            objects.append(f"{source.name}{variant}.o")
+            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
+
+        for source in sorted(Path("csrc").resolve().glob("*.cpp")):
+            if source.stem.endswith("_simd"):
+                for name, flags in SIMD.items():
+                    compile("cxx", source, f".{name}", f"{flags} -DFBK_SIMD={name}")
+            else:
+                compile("cxx", source)
+        libs = ""
+        if isinstance(cuda, Nvcc):
+            command = f"{cuda.path} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
+            lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
+            for source in sorted(Path("csrc").resolve().glob("*.cu")):
+                compile("nvcc", source)
+            # static, so that the module imports where there is no CUDA
+            libs = " ".join((*cuda.libraries, "-l:libcudart_static.a -ldl -lpthread -lrt"))
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines.append(f"build {target}: link {' '.join(objects)}\n  libs = {libs}\n")
+        write_if_changed(build / "build.ninja", "\n".join(lines))
+        subprocess.run(["ninja", "-C", str(build), *(["-v"] if self.verbose else [])], check=True)
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("fbkernels._C", sorted(map(str, Path("csrc").glob("*.c*"))), depends=sorted(map(str, Path("csrc").glob("*.h"))))
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fbkernels import _C, ops, reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+KINDS = ("gaussian", "rademacher")
+SHAPES = [(1, 1), (3, 5), (33, 50), (64, 784), (301, 1027), (64, 24576)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0, 2**33 - 1])
+def test_noise_is_that_of_the_cpu_bit_for_bit(kind: str, shape: tuple[int, int], offset: int) -> None:
+    assert ops.choose("auto", torch.device("cuda")) == "cuda"
+    step = torch.tensor(2**31 + 5)
+    expected = ops.noise(step, 2**63 + 11, 7, *shape, 0.3, kind, offset=offset)
+    got = ops.noise(step.cuda(), 2**63 + 11, 7, *shape, 0.3, kind, offset=offset)
+    assert got.is_cuda
+    assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_the_reference_on_the_device(kind: str) -> None:
+    step = torch.tensor(9, device="cuda")
+    expected = reference.noise(1, step, 2, 65, 1001, 0.3, kind, torch.float64, "cuda")
+    # the tolerance is derived in test_noise.py
+    torch.testing.assert_close(ops.noise(step, 1, 2, 65, 1001, 0.3, kind).double(), expected, rtol=4.3 * 2.0**-23, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_elements_than_32_bits_count(kind: str) -> None:
+    step, rows, units = torch.tensor(1, device="cuda"), 2**16 + 1, 2**16
+    if torch.cuda.mem_get_info()[0] < 5 * rows * units:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    got = ops.noise(step, 1, 2, rows, units, 0.3, kind)[-1:]
+    assert torch.equal(got.cpu(), ops.noise(step.cpu(), 1, 2, 1, units, 0.3, kind, offset=rows - 1))
+
+
+def test_a_captured_graph_advances_with_the_step() -> None:
+    step = torch.tensor(0, device="cuda")
+    ops.noise(step, 1, 2, 8, 100, 0.3, "gaussian")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.noise(step, 1, 2, 8, 100, 0.3, "gaussian")
+        step.add_(1)
+    for i in range(3):
+        graph.replay()
+        assert torch.equal(out.cpu(), ops.noise(torch.tensor(i), 1, 2, 8, 100, 0.3, "gaussian"))
+
+
+def test_runs_on_the_current_stream() -> None:
+    step, side = torch.tensor(0, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)  # 0.1 s: the default stream would have read step long before
+        step.add_(41)
+        got = ops.noise(step, 1, 2, 8, 100, 0.3, "gaussian")
+    side.synchronize()
+    assert torch.equal(got.cpu(), ops.noise(torch.tensor(41), 1, 2, 8, 100, 0.3, "gaussian"))
+
+
+def test_compiles_to_one_graph() -> None:
+    def doubled(step: torch.Tensor) -> torch.Tensor:
+        return 2 * ops.noise(step, 1, 2, 8, 100, 0.3, "gaussian")
+
+    step = torch.tensor(3, device="cuda")
+    assert torch.equal(torch.compile(doubled, fullgraph=True)(step), doubled(step))
+
+
+def test_the_op_on_the_device() -> None:
+    torch.library.opcheck(torch.ops.fbkernels.philox_noise.default, (torch.tensor(3, device="cuda"), 1, 2, 3, 5, 0.1, "gaussian"))
+
+
+def test_mixed_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="step must be on the device of out"):
+        _C.noise(torch.empty(3, 5, device="cuda"), torch.tensor(1), 1, 2, 0.1, "gaussian")
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot take tensors on cuda"):
+        ops.noise(torch.tensor(1, device="cuda"), 1, 2, 3, 5, 0.1, "gaussian", backend="cpp")
