@@ -7,9 +7,9 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -21,8 +21,7 @@ NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -
 SIMD = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma -Wno-maybe-uninitialized"} if platform.machine() in ("x86_64", "AMD64") else {}
 
 
-@dataclass(frozen=True)
-class Nvcc:
+class Nvcc(NamedTuple):
     path: str
     release: str
     libraries: tuple[str, ...]
@@ -35,10 +34,8 @@ def find_nvcc() -> Nvcc:
     if path is None:
         raise FileNotFoundError(f"no nvcc in CUDA_HOME={home}" if home else "no nvcc on PATH and CUDA_HOME is not set")
     try:
-        dry = subprocess.run(
-            [path, "--dryrun", "-x", "cu", "/dev/null", "-c", "-o", "/dev/null"], capture_output=True, text=True, check=True
-        )
-        version = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        ask = partial(subprocess.run, capture_output=True, text=True, check=True)
+        dry, version = ask([path, "--dryrun", "-x", "cu", "/dev/null", "-c", "-o", "/dev/null"]), ask([path, "--version"])
     except (OSError, subprocess.CalledProcessError) as error:
         raise FileNotFoundError(f"{path} does not run: {error}") from error
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry.stderr, re.MULTILINE)
@@ -84,7 +81,7 @@ class NinjaBuild(build_ext):
         write_if_changed(build / "build_config.h", "".join(f'#define {name} "{value}"\n' for name, value in config.items()))
         print(f"fbkernels: CUDA off, {cuda}" if isinstance(cuda, str) else f"fbkernels: CUDA {cuda.release}, {archs}", flush=True)
 
-        include = f"-I{build} " + " ".join(f"-isystem {path}" for path in (sysconfig.get_path("include"), pybind11.get_include()))
+        include = shlex.join((f"-I{build}", "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()))
         lines = [
             f"rule cxx\n  command = {CXX} -MD -MF $out.d {CXXFLAGS} {include} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {CXX} -shared -fopenmp -s -Wl,--exclude-libs,ALL $in $libs -o $out",
@@ -93,7 +90,7 @@ class NinjaBuild(build_ext):
 
         def compile(rule: str, source: Path, variant: str = "", flags: str = "") -> None:
             objects.append(f"{source.name}{variant}.o")
-            lines.append(f"build {objects[-1]}: {rule} {source}\n  flags = {flags}")
+            lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}\n  flags = {flags}")
 
         for source in sorted(Path("csrc").resolve().glob("*.cpp")):
             if source.stem.endswith("_simd"):
@@ -103,17 +100,21 @@ class NinjaBuild(build_ext):
                 compile("cxx", source)
         libs = ""
         if isinstance(cuda, Nvcc):
-            command = f"{cuda.path} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
+            command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
             lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
             for source in sorted(Path("csrc").resolve().glob("*.cu")):
                 compile("nvcc", source)
             # static, so that the module imports where there is no CUDA
-            libs = " ".join((*cuda.libraries, "-l:libcudart_static.a -ldl -lpthread -lrt"))
+            libs = shlex.join((*cuda.libraries, "-l:libcudart_static.a", "-ldl", "-lpthread", "-lrt"))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines.append(f"build {target}: link {' '.join(objects)}\n  libs = {libs}\n")
+        lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}\n  libs = {libs}\n")
         write_if_changed(build / "build.ninja", "\n".join(lines))
         subprocess.run(["ninja", "-C", str(build), *(["-v"] if self.verbose else [])], check=True)
+
+
+def ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -122,9 +123,5 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    setup(
-        ext_modules=[
-            Extension("fbkernels._C", sorted(map(str, Path("csrc").glob("*.c*"))), depends=sorted(map(str, Path("csrc").glob("*.h"))))
-        ],
-        cmdclass={"build_ext": NinjaBuild},
-    )
+    sources, headers = (sorted(map(str, Path("csrc").glob(pattern))) for pattern in ("*.c*", "*.h"))
+    setup(ext_modules=[Extension("fbkernels._C", sources, depends=headers)], cmdclass={"build_ext": NinjaBuild})

@@ -69,8 +69,8 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
 }
 
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
-  auto [w] = fbk::philox(fbk::Words<uint64_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
-  return {uint32_t(w[0]), uint32_t(w[1]), uint32_t(w[2]), uint32_t(w[3])};
+  auto [w] = fbk::philox(fbk::Words<uint32_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
+  return {w[0], w[1], w[2], w[3]};
 }
 
 static py::dict build_info() {

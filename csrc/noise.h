@@ -107,17 +107,17 @@ FBK_INLINE void noise_thread(const NoiseParams& p, int64_t thread) {
   }
   float* out = p.out + row * p.units;
   uint64_t index = uint64_t(counter) + uint64_t(p.offset) * uint64_t(per_sample);
-  auto [words] = philox(Words<uint64_t>{{index, index >> 32, uint64_t(*p.step), p.point}}, p.seed);
+  auto [w] = philox(Words<uint32_t>{{low(index), high(index), low(uint64_t(*p.step)), p.point}}, p.seed);
   float z[4];
   if constexpr (kind == NoiseKind::gaussian) {
-    box_muller(int32_t(uint32_t(words[0]) >> 8), int32_t(uint32_t(words[1]) >> 8), p.std, z[0], z[1]);
-    box_muller(int32_t(uint32_t(words[2]) >> 8), int32_t(uint32_t(words[3]) >> 8), p.std, z[2], z[3]);
+    box_muller(int32_t(w[0] >> 8), int32_t(w[1] >> 8), p.std, z[0], z[1]);
+    box_muller(int32_t(w[2] >> 8), int32_t(w[3] >> 8), p.std, z[2], z[3]);
     store(out + col, z, units - col);
   } else {
     for (int k = 0; k < 4; ++k) {
       int bit = int(thread % 8) + 8 * k;
       int64_t at = col + 4 * bit;
-      for (int i = 0; i < 4; ++i) z[i] = as_float(as_int(p.std) ^ int32_t(uint32_t(words[i]) >> bit << 31));
+      for (int i = 0; i < 4; ++i) z[i] = as_float(as_int(p.std) ^ int32_t(w[i] >> bit << 31));
       if (at < units) store(out + at, z, units - at);
     }
   }

@@ -50,7 +50,11 @@ void gaussian(const NoiseParams& p, int64_t first, int64_t last) {
     float quads[counters][4];
     memcpy(quads, z, sizeof z);
     for (int64_t j = 0; j < counters && i + j < last; ++j) {
-      memcpy(to.at(), quads[j], size_t(to.count()) * sizeof(float));
+      if (to.count() == 4) {  // a fixed size spares the call of memcpy
+        memcpy(to.at(), quads[j], sizeof quads[j]);
+      } else {
+        memcpy(to.at(), quads[j], size_t(to.count()) * sizeof(float));
+      }
       to.advance(1);
     }
   }

@@ -11,22 +11,22 @@
 
 namespace fbk {
 
-FBK_INLINE uint64_t mul32(uint64_t a, uint32_t b) { return uint64_t(uint32_t(a)) * b; }
+FBK_INLINE uint64_t mul32(uint32_t a, uint32_t b) { return uint64_t(a) * b; }
+FBK_INLINE uint32_t high(uint64_t product) { return uint32_t(product >> 32); }
+FBK_INLINE uint32_t low(uint64_t product) { return uint32_t(product); }
 
-// Four 32-bit words in the low halves of 64-bit lanes. The high halves hold rubbish: 32-bit products never read them,
-// so no masking is needed between rounds, and one vpmuludq yields both halves of a product.
 template <class U>
 struct Words {
   U w[4];
 };
 
-// Philox4x32-10 (Salmon et al. 2011). U is uint64_t or a vector of them.
+// Philox4x32-10 (Salmon et al. 2011). U is uint32_t or a vector type with mul32, high and low.
 template <class U>
 FBK_INLINE Words<U> philox(Words<U> c, uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    U p0 = mul32(c.w[0], 0xD2511F53u), p1 = mul32(c.w[2], 0xCD9E8D57u);
-    c = {{(p1 >> 32) ^ c.w[1] ^ uint64_t(k0), p1, (p0 >> 32) ^ c.w[3] ^ uint64_t(k1), p0}};
+    auto p0 = mul32(c.w[0], 0xD2511F53u), p1 = mul32(c.w[2], 0xCD9E8D57u);
+    c = {{high(p1) ^ c.w[1] ^ k0, low(p1), high(p0) ^ c.w[3] ^ k1, low(p0)}};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

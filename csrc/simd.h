@@ -18,6 +18,11 @@ typedef uint32_t u32v __attribute__((vector_size(bytes)));
 typedef int32_t i32v __attribute__((vector_size(bytes)));
 typedef float f32v __attribute__((vector_size(bytes)));
 
+// Words of Philox stand in the low halves of 64-bit lanes. The high halves hold rubbish: 32-bit products do not read
+// them, so nothing is masked between rounds, and one vpmuludq yields both halves of a product.
+inline u64v high(u64v product) { return product >> 32; }
+inline u64v low(u64v product) { return product; }
+
 inline f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
 inline i32v as_int(f32v a) { return (i32v)a; }
 inline f32v as_float(i32v a) { return (f32v)a; }

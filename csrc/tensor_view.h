@@ -77,7 +77,8 @@ inline TensorView view(pybind11::handle object) {
   if (v.api->version.major != 1) throw py::type_error("expected the DLPack 1.x exchange API, got another of " + type());
   if (v.api->tensor_from_object(object.ptr(), &v) != 0) {
     std::string cause = py::error_already_set().what();  // its first line; the rest is torch's C++ stack
-    throw py::type_error("expected a dense tensor with storage, got " + type() + ": " + cause.substr(0, cause.find('\n')));
+    throw py::type_error("expected a dense tensor with storage, got " + type() + ": " +
+                         cause.substr(0, cause.find('\n')));
   }
   if (v.data == nullptr && v.numel() != 0) throw py::type_error("expected a tensor with storage, got " + type());
   return v;

@@ -22,14 +22,14 @@ class Deliver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         losses: Tensor,
         e: Tensor,
         feedback: tuple[Tensor, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
-        anchor: Tensor,
+        anchor: Tensor | None,
         logits: Tensor,
         *activities: Tensor,
     ) -> Tensor:
@@ -57,7 +57,7 @@ class Transport(torch.autograd.Function):
     """A layer that reads a point: forward through its weight, error back through B (SPEC 3, ``layerwise``)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, point: FeedbackPoint
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
@@ -74,5 +74,6 @@ class Transport(torch.autograd.Function):
         x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
         grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None
         grad_weight = connection.weight_gradient(delta, x_like, weight.to(delta.dtype)).to(weight.dtype) if need_weight else None
-        grad_bias = delta.sum([d for d in range(delta.ndim) if d != (1 if connection.convolution else delta.ndim - 1)]) if need_bias else None
-        return grad_x, grad_weight, grad_bias if grad_bias is None else grad_bias.to(weight.dtype), None, None, None
+        outputs = 1 if connection.convolution else delta.ndim - 1
+        grad_bias = delta.sum([d for d in range(delta.ndim) if d != outputs]).to(weight.dtype) if need_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None

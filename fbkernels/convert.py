@@ -14,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops
 from fbkernels._check import in_interval, integer, one_of, positive
+from fbkernels.feedback import Feedback
 from fbkernels.loss import unwrap
-from fbkernels.points import Feedback, FeedbackPoint
+from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
 
 
@@ -123,7 +124,7 @@ def _places(
                 raise ValueError(f"points: {name!r} is no module of the model; it has {', '.join(map(repr, list(modules)[1:]))}")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"points must name each module once, and at least one, got {names!r}")
-        return {name: "module" for name in names}
+        return dict.fromkeys(names, "module")
     own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
     attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     layers = [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not (attention and n.startswith(attention))]
@@ -203,7 +204,13 @@ class Summary(list[PointSummary]):
     def __repr__(self) -> str:
         head = ("point", "layer", "index", "units", "B", "memory")
         rows = [
-            (r.name, r.layer, str(r.index), str(r.units or "?"), "x".join(map(str, r.B)) if r.B else "?", f"{r.bytes / 2**20:.2f} MiB" if r.B else "?")
+            (
+                r.name,
+                r.layer,
+                str(r.index),
+                str(r.units or "?"),
+                *(("x".join(map(str, r.B)), f"{r.bytes / 2**20:.2f} MiB") if r.B else "??"),
+            )
             for r in self
         ]
         width = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -227,7 +234,8 @@ def summary(net: nn.Module) -> Summary:
         B = point.B
         own: Iterable[Tensor | None] = point._buffers.values()
         size = sum(t.numel() * t.element_size() for t in own if t is not None)
-        rows.append(PointSummary(name, type(root.get_submodule(name)).__name__, point.index, point.units, None if B is None else tuple(B.shape), size))
+        layer, shape = type(root.get_submodule(name)).__name__, None if B is None else tuple(B.shape)
+        rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
     shared = sum(t.numel() * t.element_size() for t in owner._buffers.values() if t is not None)
     title = (
         f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "

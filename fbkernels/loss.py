@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fbkernels.autograd import Deliver
-from fbkernels.points import Feedback
+from fbkernels.feedback import Feedback
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -38,7 +38,7 @@ class PerSample:
         if isinstance(criterion, nn.Module):
             if any(p.requires_grad for p in criterion.parameters()):
                 raise ValueError("criterion has parameters that require a gradient, which would not get one: put them into the network")
-            exact = copy.deepcopy(criterion).double()
+            exact: Any = copy.deepcopy(criterion).double()
             if hasattr(exact, "reduction"):
                 self.reduction, exact.reduction = exact.reduction, "none"
             self.exact = exact
@@ -58,7 +58,9 @@ class PerSample:
                 "pass a module or function with a `reduction` argument, or one that returns a loss for each sample"
             )
         if self.reduction == "none" and losses.ndim > 1:
-            raise ValueError(f"criterion with reduction='none' must return shape ({len(logits)},), got {tuple(losses.shape)}: use 'mean' or 'sum'")
+            raise ValueError(
+                f"criterion with reduction='none' must return shape ({len(logits)},), got {tuple(losses.shape)}: use 'mean' or 'sum'"
+            )
         per = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
         return per * (len(per) / self._count(logits, target, losses)) if self.reduction == "mean" else per
 
@@ -99,6 +101,7 @@ class PerturbedLoss(nn.Module):
         super().__init__()
         self.criterion = criterion
         self.per_sample = PerSample(criterion)
+        self._anchor = torch.zeros((), requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
         self._net = (unwrap(net),)  # a tuple: the loss does not own the network's parameters
 
     def forward(self, logits: Tensor, target: Any) -> Tensor:
@@ -107,13 +110,10 @@ class PerturbedLoss(nn.Module):
         assert isinstance(net, Feedback)
         if not root.training:
             return self.criterion(logits, target)
-        if _transformed(logits):
-            raise RuntimeError(
-                "learned feedback inside a torch.func transform: it would differentiate through the forward weights instead of B; "
-                "call loss.backward() or torch.autograd.grad"
-            )
         if net.logits is None or logits is not net.logits:
-            raise ValueError("PerturbedLoss must be called once with the output of the network's last training forward: criterion(net(x), y)")
+            raise ValueError(
+                "PerturbedLoss must be called once with the output of the network's last training forward: criterion(net(x), y)"
+            )
         losses, e = error(self.per_sample, logits.detach().double(), target)
         with torch.no_grad():
             perturbed = None
@@ -122,7 +122,7 @@ class PerturbedLoss(nn.Module):
                 perturbed = self.per_sample(net.perturbed.double(), targets)
             m = net.measure(losses, perturbed, e)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        out = attach(net, m, losses.to(dtype), e.to(dtype), logits)
+        out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor)
         net.activities, net.logits = {}, None
         with torch.no_grad():
             if net.rule.supervised:
@@ -136,12 +136,16 @@ class PerturbedLoss(nn.Module):
         return self.per_sample.reduce(out)
 
 
-def _transformed(x: Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:
     """Per-sample losses and e = dL_n/dlogits_n [N, outputs], both float64."""
+    if torch.compiler.is_compiling():  # Dynamo traces torch.func.grad, and torch.autograd.grad only behind a switch
+
+        def total(z: Tensor) -> tuple[Tensor, Tensor]:
+            losses = per_sample(z, target)
+            return losses.sum(), losses
+
+        e, losses = torch.func.grad(total, has_aux=True)(logits)
+        return losses, e.flatten(1)
     with torch.enable_grad():
         z = logits.requires_grad_()
         losses = per_sample(z, target)
@@ -149,7 +153,7 @@ def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, T
     return losses.detach(), e.flatten(1)
 
 
-def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor) -> Tensor:
+def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anchor: Tensor | None = None) -> Tensor:
     """The losses with the feedback as their backward."""
     points = [net.points[name] for name in net.activities]
     record = None
@@ -167,6 +171,5 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor) -> 
     else:
         feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
         activities = tuple(net.activities.values())
-    anchor = torch.zeros((), device=e.device, requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
     out: Tensor = Deliver.apply(losses, e, feedback, net.rule.private, record, anchor, logits, *activities)
     return out

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fbkernels import reference
+from fbkernels.feedback import Feedback
 from fbkernels.loss import PerSample, PerturbedLoss, attach, error, unwrap
-from fbkernels.points import Feedback
 
 
 def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, dict[str, float]]:

@@ -28,6 +28,7 @@ def build_info() -> dict[str, Any]:
 
 
 _BUILD = build_info()
+_NATIVE = {"cpu": "cpp", "cuda": "cuda"} if _BUILD["cuda"] else {"cpu": "cpp"}
 
 
 def backends() -> dict[str, str]:
@@ -43,9 +44,10 @@ def backends() -> dict[str, str]:
 
 def choose(backend: str, device: torch.device) -> str:
     """The backend for tensors on ``device``; ``RuntimeError`` where one is asked for by name and cannot be had."""
-    native = {"cpu": "cpp", "cuda": "cuda"}.get(device.type)
-    if one_of("backend", backend, ("auto", *BACKENDS)) == "auto":
-        return native if native == "cpp" or (native == "cuda" and _BUILD["cuda"]) else "reference"
+    native = _NATIVE.get(device.type)
+    if backend == "auto":
+        return native or "reference"
+    one_of("backend", backend, ("auto", *BACKENDS))
     state = backends()[backend]
     if not state.startswith("available"):
         raise RuntimeError(f"backend {backend!r} is {state}")
@@ -84,7 +86,7 @@ def _noise(
         return reference.noise(seed, step, point, samples, units, std, kind, dtype, step.device, offset)
     out = torch.empty(samples, units, device=step.device)
     _C.noise(out, step, seed, point, std, kind, offset, torch.get_num_threads())
-    return out.to(dtype)
+    return out if dtype == torch.float32 else out.to(dtype)
 
 
 def _noise_fake(

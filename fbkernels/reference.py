@@ -149,12 +149,14 @@ class Connection:
         """The error below, through ``weight``: here B, in the layout of the layer's weight."""
         if self.convolution:
             return self._backward(delta, x, weight, 0)
-        return delta @ weight
+        gradient: Tensor = delta @ weight
+        return gradient
 
     def weight_gradient(self, delta: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if self.convolution:
             return self._backward(delta, x, weight, 1)
-        return delta.flatten(0, -2).T @ x.flatten(0, -2)
+        gradient: Tensor = delta.flatten(0, -2).T @ x.flatten(0, -2)
+        return gradient
 
     def _backward(self, delta: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
@@ -174,18 +176,18 @@ class Connection:
         x = delta.new_empty(n, outputs * k, *self.size)
         spread = Connection(True, outputs * k, self.kernel, self.size, self.stride, self.padding, self.dilation, outputs)
         patches = spread._backward(delta, x, one_hot, 0)  # [n, outputs * k, height, width]
-        return patches.view(n, self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+        return patches.reshape(n, self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
 
     def samples(self, x: Tensor) -> Tensor:
         """What the layer reads, as the regression's rows: [samples, channels] or [groups, samples, channels / groups]."""
         if not self.convolution:
             return x.flatten(0, -2)
-        return x.view(len(x), self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+        return x.reshape(len(x), self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
 
     def matrix(self, B: Tensor) -> Tensor:
         if not self.convolution:
             return B
-        return B.unflatten(0, (self.groups, -1)).flatten(3).transpose(1, 2).flatten(2)
+        return B.reshape(self.groups, -1, B.shape[1], math.prod(self.kernel)).transpose(1, 2).flatten(2)
 
     def unmatrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         if not self.convolution:

@@ -10,23 +10,94 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fbkernels.points import Feedback, FeedbackPoint
+    from fbkernels.feedback import Feedback
+    from fbkernels.points import FeedbackPoint
 
 # What may follow a layer before its feedback point: the noise goes in after normalisation, activation and pooling (SPEC 1).
 _NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm"}
 _ACTIVATIONS = set(
-    "relu relu_ tanh tanh_ sigmoid sigmoid_ gelu silu elu elu_ leaky_relu leaky_relu_ hardtanh hardtanh_ relu6 softplus mish hardswish "
-    "hardsigmoid selu selu_ celu celu_ prelu threshold threshold_ softsign logsigmoid tanhshrink softshrink hardshrink clamp clamp_".split()
+    [
+        "relu",
+        "relu_",
+        "tanh",
+        "tanh_",
+        "sigmoid",
+        "sigmoid_",
+        "gelu",
+        "silu",
+        "elu",
+        "elu_",
+        "leaky_relu",
+        "leaky_relu_",
+        "hardtanh",
+        "hardtanh_",
+        "relu6",
+        "softplus",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "prelu",
+        "threshold",
+        "threshold_",
+        "softsign",
+        "logsigmoid",
+        "tanhshrink",
+        "softshrink",
+        "hardshrink",
+        "clamp",
+        "clamp_",
+    ]
 )
 _POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for d in (1, 2, 3)}
 _GROUP = _NORMS | _ACTIVATIONS | _POOLS
 # Linear maps that carry a point's noise unchanged to the layer that reads it.
-_REARRANGEMENTS = set("flatten view reshape permute transpose movedim squeeze unsqueeze contiguous pad unflatten to float double".split())
+_REARRANGEMENTS = set(
+    [
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "movedim",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "pad",
+        "unflatten",
+        "to",
+        "float",
+        "double",
+    ]
+)
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
 _UNSHARED = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "fractional_max_pool2d", "fractional_max_pool3d"}
 _METADATA = set(
-    "size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex get_device storage_offset "
-    "data_ptr __len__ __repr__ __format__ __hash__ type is_same_size untyped_storage".split()
+    [
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "nelement",
+        "stride",
+        "is_contiguous",
+        "element_size",
+        "is_floating_point",
+        "is_complex",
+        "get_device",
+        "storage_offset",
+        "data_ptr",
+        "__len__",
+        "__repr__",
+        "__format__",
+        "__hash__",
+        "type",
+        "is_same_size",
+        "untyped_storage",
+    ]
 )
 _VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties whose value is an activity
 
@@ -51,12 +122,15 @@ class Streams(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return _run(func, func.__name__, args, kwargs or {})
+            return _run(func, _name(func), args, kwargs or {})
 
 
-def streams(
-    net: Feedback, clean: Tensor, perturbed: Tensor | None, pending: FeedbackPoint | None = None, source: Any = None
-) -> Streams:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo does not know __name__ of a builtin
+def _name(func: Any) -> str:
+    return str(func.__name__)
+
+
+def streams(net: Feedback, clean: Tensor, perturbed: Tensor | None, pending: FeedbackPoint | None = None, source: Any = None) -> Streams:
     """Pair a clean and a perturbed tensor (None: the same numbers)."""
     with torch.no_grad():
         pair = clean.as_subclass(Streams)
@@ -70,7 +144,7 @@ def twin(s: Streams) -> Tensor:
 
 
 def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if name in _METADATA or name == "__get__" and func.__self__ not in _VIEWS:
+    if name in _METADATA or (name == "__get__" and func.__self__ not in _VIEWS):
         return func(*_map(_clean, args), **kwargs)
     if name not in _GROUP:
         args, kwargs = _map(_realise, args), _map(_realise, kwargs)
@@ -86,7 +160,7 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return net.transport(name, *args, **kwargs)
 
     differ = any(s.perturbed is not None for s in every)
-    in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__") or name.startswith("__i") or kwargs.get("inplace")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or kwargs.get("inplace")
     if in_place and differ and first.perturbed is None:
         first.perturbed = twin(first).clone()
     constant = net.constant if net.warming else _same
@@ -105,7 +179,7 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(clean, Tensor):
         return streams(net, clean, perturbed, first.pending if name in _GROUP else None, source)
     if isinstance(clean, (tuple, list)):
-        twins = perturbed if differ else [None] * len(clean)
+        twins = perturbed if perturbed is not None else [None] * len(clean)
         return tuple([streams(net, c, p) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
     return clean
 

@@ -61,7 +61,7 @@ def test_nvcc_says_where_its_libraries_are(setup_py: ModuleType, bare: Path, mon
 def test_without_nvcc(setup_py: ModuleType, bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup_py.cuda_toolkit() == "no nvcc on PATH and CUDA_HOME is not set when it was built"
     monkeypatch.setenv("FBK_CUDA", "1")
-    with pytest.raises(RuntimeError, match="FBK_CUDA=1, but no nvcc on PATH.*: install the CUDA toolkit"):
+    with pytest.raises(RuntimeError, match=r"FBK_CUDA=1, but no nvcc on PATH.*: install the CUDA toolkit"):
         setup_py.cuda_toolkit()
     monkeypatch.setenv("CUDA_HOME", str(bare))
     with pytest.raises(RuntimeError, match=re.escape(f"no nvcc in CUDA_HOME={bare}")):

@@ -218,7 +218,7 @@ def test_backends_asked_for_by_name() -> None:
         ops.choose("fast", cpu)
     with pytest.raises(RuntimeError, match="backend 'triton' is not implemented"):
         ops.choose("triton", cpu)
-    with pytest.raises(RuntimeError, match="backend 'cuda' (is not compiled in|is compiled in, but|cannot take tensors on cpu)"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' (is not compiled in|is compiled in, but|cannot take tensors on cpu)"):
         ops.choose("cuda", cpu)
 
 

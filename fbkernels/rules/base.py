@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -64,13 +65,14 @@ class Rule:
     adapts = True  # B changes
     perturbs = True  # needs the perturbed stream
     predicts = False  # needs the prediction Xi B of this step (joint rules)
+    regresses = True  # on regressors r: gets its gains from update
     mirrors = False  # needs what the perturbation did to the next layer's input and pre-activation
     supervised = False  # needs the true gradient
     private = False  # gives every point its gradient itself
 
-    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-        """B before the first step: zero, the ridge's own prior."""
-        return torch.zeros(shape)
+    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
+        """B before the first step, from standard normal numbers of its shape: zero, the ridge's own prior."""
+        return torch.zeros_like(normal)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         """(M, G) of B <- B (I - M) + Xi^T G."""
@@ -93,9 +95,10 @@ class Rule:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
 
-def random_start(shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-    """Fixed random feedback: U(+-1/sqrt(units)) in direct (PAPER 1.5), N(0, 2/fan_in) of the next layer in layerwise (PAPER 1.2)."""
-    if layerwise:
-        fan_in = shape[0] if len(shape) == 2 else shape[1] * shape[2] * shape[3]
-        return torch.randn(shape, generator=generator) * (2 / fan_in) ** 0.5
-    return (2 * torch.rand(shape, generator=generator) - 1) / shape[0] ** 0.5
+def random_start(normal: Tensor, layerwise: bool) -> Tensor:
+    """Random feedback: variance 1 / (3 units) in direct, as U(+-1/sqrt(units)) has (PAPER 1.5), 2 / fan_in of the next layer in
+    layerwise (PAPER 1.2)."""
+    if not layerwise:
+        return normal / math.sqrt(3 * len(normal))
+    fan_in = len(normal) if normal.ndim == 2 else normal[0].numel()
+    return normal * math.sqrt(2 / fan_in)

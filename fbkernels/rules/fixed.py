@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fbkernels.rules.base import Rule, random_start
@@ -15,5 +14,5 @@ class Fixed(Rule):
     perturbs = False
     adapts = False
 
-    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-        return random_start(shape, layerwise, generator)
+    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
+        return random_start(normal, layerwise)

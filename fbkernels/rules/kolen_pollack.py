@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fbkernels._check import in_interval
@@ -34,15 +33,13 @@ class KolenPollack(Rule):
     structures = ("layerwise",)
     statistics = ("before",)
     perturbs = False
+    regresses = False
 
     def __init__(self, decay: float = 0.0) -> None:
         self.decay = in_interval("decay", decay, 0, 1, open_high=True)
 
-    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-        return random_start(shape, layerwise, generator)
-
-    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[None, Tensor]:
-        return None, m.w
+    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
+        return random_start(normal, layerwise)
 
     def feedback(self, point: FeedbackPoint) -> Tensor | None:
         if point.weight is not None and "before" not in point._buffers:
@@ -52,7 +49,6 @@ class KolenPollack(Rule):
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert point.weight is not None
         B, before = point._buffers["B"], point._buffers["before"]
-        assert B is not None and before is not None
         now = point.weight.detach().to(before.dtype)
         change = now - (1 - self.decay) * before
         B.mul_(1 - self.decay).add_(change if B.ndim > 2 else change.T)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fbkernels._check import positive
@@ -24,8 +23,8 @@ class LMS(Rule):
     def __init__(self, lr: float) -> None:
         self.lr = positive("lr", lr)
 
-    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-        return random_start(shape, layerwise, generator)
+    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
+        return random_start(normal, layerwise)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         Q = self.lr * m.regressor

@@ -32,8 +32,8 @@ class SyntheticGradient(Rule):
     def __init__(self, lr: float) -> None:
         self.lr = positive("lr", lr)
 
-    def start(self, shape: tuple[int, ...], layerwise: bool, generator: torch.Generator) -> Tensor:
-        return random_start(shape, layerwise, generator)
+    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
+        return random_start(normal, layerwise)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         Q = self.lr * m.regressor
@@ -42,4 +42,3 @@ class SyntheticGradient(Rule):
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert m.gains is not None and m.targets is not None
         point.update(m, *m.gains, target=m.targets[point.name])
-

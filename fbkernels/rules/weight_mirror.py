@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from fbkernels._check import in_interval
 from fbkernels.rules.base import Measurement, Rule
@@ -30,18 +29,15 @@ class WeightMirror(Rule):
     """
 
     structures = ("layerwise",)
+    regresses = False
     mirrors = True
 
     def __init__(self, lr: float = 0.1) -> None:
         self.lr = in_interval("lr", lr, 0, 1, open_low=True)
 
-    def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[None, Tensor]:
-        return None, m.w
-
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert point.change is not None and point.connection is not None
         B, c = point._buffers["B"], point.connection
-        assert B is not None
         dh, dz = (t.to(B.dtype) for t in point.change)
         point.change = None
         weight = B if c.convolution else B.T

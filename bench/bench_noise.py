@@ -1,0 +1,62 @@
+"""The noise against ``torch.randn``: ``pytest bench/bench_noise.py --benchmark-json=FILE``.
+
+``speedup`` in ``extra_info`` is the ratio of medians of calls timed in turns, so that a change of clocks or a neighbour meets both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fbkernels import ops
+
+CALLS = 20
+cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+def prepare(call: Callable[[], torch.Tensor], device: str) -> Callable[[], Any]:
+    """``CALLS`` calls; on a GPU as one graph with an output each, so that neither launches nor the cache count."""
+    if device == "cpu":
+
+        def run() -> None:
+            for _ in range(CALLS):
+                call()
+
+        return run
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for _ in range(CALLS)]
+    return lambda: (outputs, graph.replay(), torch.cuda.synchronize())
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+@pytest.mark.parametrize("shape", [(32, 50), (64, 24576)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_noise(benchmark: Any, kind: str, shape: tuple[int, int], device: str) -> None:
+    step = torch.tensor(0, device=device)
+    ours = prepare(lambda: ops.noise(step, 1, 2, *shape, 0.05, kind), device)
+    rival = prepare(lambda: torch.randn(shape, device=device), device)
+    seconds(ours), seconds(rival)
+    times = [(seconds(ours), seconds(rival)) for _ in range(50)]
+    mine, randn = (statistics.median(column) for column in zip(*times, strict=True))
+    benchmark.extra_info |= {
+        "ns_per_element": mine / CALLS / (shape[0] * shape[1]) * 1e9,
+        "torch_randn_ns_per_element": randn / CALLS / (shape[0] * shape[1]) * 1e9,
+        "speedup": randn / mine,
+        "threads": torch.get_num_threads(),
+        "build": ops.build_info(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+    benchmark.pedantic(ours, rounds=20)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# One command for a machine with an NVIDIA GPU, torch, nvcc and no network: installs, tests and measures, in under 9 minutes.
+#   bench/gpu.sh OUTDIR
+# It needs the build wheels in .whl/, and tests more with the others. Where there is a network:
+#   pip download --only-binary=:all: --no-deps -d .whl "setuptools>=77" "pybind11>=3" "ninja>=1.11"
+#   pip download --only-binary=:all: --no-deps -d .whl --python-version 3.12 --platform manylinux_2_28_x86_64 --platform \
+#     manylinux_2_17_x86_64 --platform any pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2
+set -uo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "${1:?usage: bench/gpu.sh OUTDIR}"
+out=$(cd "$1" && pwd)
+status=0
+
+part() {  # part NAME SECONDS COMMAND...: one log a part; what fails is remembered, the rest still runs
+  local name=$1 limit=$2 rc=0
+  shift 2
+  echo "== $name"
+  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || rc=$?
+  tail -n 3 "$out/$name.log"
+  [ $rc -eq 0 ] || { echo "== $name FAILED with status $rc"; status=1; }
+  return $rc
+}
+
+pip="python3 -m pip --disable-pip-version-check"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+export PYTHONPATH=$site PATH=$site/bin:$PATH PYTHONUNBUFFERED=1
+
+part machine 10 nvidia-smi
+gpu=$?
+part install 120 $pip install . --no-index --find-links .whl --no-deps --target "$site" || exit 1
+# what is missing of the test tools; the machine's own versions come first
+for package in pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2; do
+  $pip show --quiet "$package" >/dev/null 2>&1 || $pip install --quiet --no-index --find-links .whl --no-deps --target "$site" "$package" >/dev/null 2>&1
+done
+part versions 30 python3 -P -c '
+import platform, torch, fbkernels
+print(platform.python_version(), torch.__version__, torch.version.cuda)
+print(fbkernels.build_info())
+print(fbkernels.backends())'
+if python3 -P -c 'import pytest' 2>/dev/null; then
+  [ $gpu -ne 0 ] || part test_gpu 90 python3 -P -m pytest -p no:cacheprovider -rs tests/test_gpu.py
+  if python3 -P -c 'import hypothesis' 2>/dev/null; then
+    part tests 150 python3 -P -m pytest -p no:cacheprovider --ignore=tests/test_gpu.py
+  else
+    echo "== tests: left out, no hypothesis"
+  fi
+  if python3 -P -c 'import pytest_benchmark' 2>/dev/null; then
+    part bench 120 python3 -P -m pytest -p no:cacheprovider bench/bench_*.py --benchmark-json="$out/bench.json"
+  else
+    echo "== bench: left out, no pytest-benchmark"
+  fi
+else
+  echo "== tests: left out, no pytest"
+  status=1
+fi
+if [ $gpu -ne 0 ]; then
+  echo "== no GPU was found: the GPU tests did not run"
+  status=1
+fi
+exit $status

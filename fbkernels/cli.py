@@ -1,0 +1,176 @@
+"""The command line: ``fbkernels train`` and ``fbkernels info``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fbkernels as fb
+from fbkernels import train as job
+from fbkernels.data import NAMES
+from fbkernels.models import MODELS
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    return tuple(map(int, _names(text))) if "," in text else tuple(range(int(text)))
+
+
+def _rule_arg(text: str) -> tuple[str, float]:
+    name, value = text.split("=")
+    return name, float(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fbkernels", description="Train networks by learned feedback weights.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    commands.add_parser("info", help="versions, backends and what the compiled part contains", allow_abbrev=False)
+    # options that are not given stay out of the namespace: --resume compares the others with the run's
+    p = commands.add_parser(
+        "train",
+        help="train a network and its rivals",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train a small network with learned feedback, and rivals on the same seeds, initial weights and batches.",
+    )
+    default = job.Settings()
+    p.add_argument("--data", choices=NAMES, help="default: digits, which needs no files")
+    p.add_argument("--data-dir", metavar="DIR", help="folder with the published files of mnist, cifar10 or cifar100")
+    p.add_argument("--model", choices=tuple(MODELS), help=f"default: {default.model}")
+    p.add_argument("--feedback", choices=("direct", "layerwise"), help=f"default: {default.feedback}")
+    p.add_argument(
+        "--rule",
+        metavar="NAME",
+        help=f"{', '.join(job.METHODS)}; default: {default.rule}. joint is joint-output with direct feedback, joint-loss with layerwise; "
+        "fa is fixed and layerwise, dfa fixed and direct, backprop the plain model; kolen-pollack also decays W",
+    )
+    p.add_argument("--rule-arg", dest="rule_args", type=_rule_arg, action="append", metavar="NAME=VALUE", help="such as gamma=0.1")
+    p.add_argument("--compare", type=_names, metavar="A,B,...", help=f"rivals; default: {','.join(default.compare)}; '' for none")
+    p.add_argument("--epochs", type=int, metavar="N", help=f"default: {default.epochs}")
+    p.add_argument("--batch-size", type=int, metavar="N", help=f"default: {default.batch_size}")
+    p.add_argument("--train-images", type=int, metavar="N", help=f"the first N; default: all but {job.HELD_OUT} that measure angles")
+    p.add_argument("--optimizer", choices=tuple(job.OPTIMIZERS), help=f"default: {default.optimizer}")
+    p.add_argument("--lr", type=float, help=f"default: {', '.join(f'{v[0]} with {k}' for k, v in job.OPTIMIZERS.items())}")
+    p.add_argument("--noise-std", type=float, metavar="SIGMA", help=f"in units of the activities; default: {default.noise_std}")
+    p.add_argument("--noise", choices=("gaussian", "rademacher"), help=f"default: {default.noise}")
+    p.add_argument("--seeds", type=_seeds, metavar="K", help="number of seeds, or a list such as 0,3,7; default: 1")
+    p.add_argument("--every", type=int, metavar="K", help="perturb each K-th step only")
+    p.add_argument("--fraction", type=float, metavar="F", help="perturb the first fraction F of a batch only")
+    p.add_argument("--antithetic", action="store_true", help="perturb by +xi and -xi")
+    p.add_argument("--warmup", type=int, metavar="STEPS", help="first steps in which only B learns")
+    p.add_argument("--device", help=f"default: {default.device}")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
+    where = p.add_mutually_exclusive_group()
+    where.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder for the results; default: a new one in runs/")
+    where.add_argument("--resume", type=Path, metavar="DIR", help="continue the interrupted run in DIR, bit for bit, with its settings")
+    return parser
+
+
+def _train(given: dict[str, Any]) -> int:
+    out, resume = given.pop("out", None), given.pop("resume", None)
+    if "rule_args" in given:
+        given["rule_args"] = dict(given["rule_args"])
+    state = None
+    if resume is not None:
+        out = resume
+        settings, state = job.load_checkpoint(resume)
+        for name, value in given.items():
+            was = getattr(settings, name)
+            if value != was:
+                raise ValueError(f"--resume cannot change {name}: the run in {resume} was started with {was}, got {value}")
+    else:
+        settings = job.Settings(**given)
+        if out is None:
+            out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.data}-{settings.model}-{settings.feedback}-{settings.rule}"
+
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait for the step
+
+    columns = TextColumn("{task.description}  {task.fields[state]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("reading data", total=None, state="")
+
+            def watch(p: job.Progress) -> bool:
+                if p.done % 20 == 0 or p.done == p.total:  # reading numbers waits for the device
+                    angle = "" if p.angle is None else f"  angle {p.angle:.0f}"
+                    bar.update(
+                        task,
+                        completed=p.done,
+                        total=p.total,
+                        description=f"{p.method}, epoch {p.epoch}/{settings.epochs}" + f", seed {p.seed}" * (len(settings.seeds) > 1),
+                        state=f"loss {float(p.loss):.3f}  accuracy {float(p.accuracy):.1f}%{angle}",
+                    )
+                return interrupted
+
+            records = job.train(settings, out, checkpoint=state, watch=watch)
+    except KeyboardInterrupt:
+        how = f"continue with: fbkernels train --resume {out}" if (out / "checkpoint.pt").is_file() else "nothing was computed yet"
+        print(f"interrupted; {how}", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    Console().print(_table(job.summarise(records), settings))
+    print(f"metrics.jsonl, summary.json, accuracy.png and angle.png are in {out}")
+    return 0
+
+
+def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:
+    def text(v: dict[str, float | None], digits: int) -> str:
+        if v["mean"] is None:
+            return "-"
+        return f"{v['mean']:.{digits}f}" + ("" if v["standard_error"] is None else f" ± {v['standard_error']:.{digits}f}")
+
+    table = Table(title=f"{s.data}, {s.model}, {s.feedback} feedback, epoch {s.epochs}, {len(s.seeds)} seed{'s' * (len(s.seeds) > 1)}")
+    for head in ("method", "test accuracy %", "best", "train loss", "angle to backprop, by layer", "s/epoch", "images/s"):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for method, r in results.items():
+        angles = "  ".join(text(a, 0) for a in r["angle"].values()) or ("0" if method == "backprop" else "-")
+        accuracy = text(r["test_accuracy"]["final"], 2), text(r["test_accuracy"]["best"], 2)
+        speed = text(r["seconds"], 2), text(r["images_per_second"], 0)
+        table.add_row(method, *accuracy, text(r["train_loss"]["final"], 4), angles, *speed)
+    return table
+
+
+def _info() -> int:
+    table = Table("what", "value", show_header=False, box=None)
+    for title, rows in (("versions", job.versions()), ("backends", fb.backends()), ("build", fb.build_info())):
+        table.add_row(f"[bold]{title}")
+        for name, value in rows.items():
+            table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    Console().print(table)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Exit code: 0, 2 for bad input with one line on stderr, 130 after Ctrl-C (a run leaves a checkpoint)."""
+    given = vars(_parser().parse_args(argv))
+    command = given.pop("command")
+    try:
+        return _train(given) if command == "train" else _info()
+    except (ValueError, TypeError, OSError) as error:
+        print(f"fbkernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

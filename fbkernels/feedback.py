@@ -1,0 +1,272 @@
+"""What the points of one network share: the rule, the noise, the step, and the order of one training step (SPEC 5)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbkernels.autograd import Transport
+from fbkernels.points import FeedbackPoint, LazyBuffers
+from fbkernels.reference import Connection
+from fbkernels.rules.base import Measurement, Rule
+from fbkernels.streams import Streams, streams
+
+
+class Feedback(LazyBuffers):
+    """What the points of one network share: the rule, the noise, the step, and one training step's bookkeeping."""
+
+    step: Tensor  # int64, training steps so far
+    skipped: Tensor  # int64, samples whose loss or loss change was not finite
+
+    def __init__(
+        self,
+        *,
+        layerwise: bool,
+        rule: Rule,
+        noise_std: float,
+        noise: str,
+        seed: int,
+        every: int,
+        fraction: float,
+        antithetic: bool,
+        warmup: int,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.layerwise, self.rule, self.noise_std, self.noise, self.seed = layerwise, rule, noise_std, noise, seed
+        self.every, self.fraction, self.antithetic, self.warmup, self.backend = every, fraction, antithetic, warmup, backend
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.points: dict[str, FeedbackPoint] = {}
+        self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
+        self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
+        self.warned = False
+        self.measured: Measurement | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self.activities: dict[str, Tensor] = {}  # h_l by point, until the loss has taken them
+        self.logits: Tensor | None = None
+        self.perturbed: Tensor | None = None
+        self.prediction: Tensor | float = 0.0
+        self.inputs: tuple[Any, ...] = ()
+        self.perturbing = self.warming = self.transports = False
+        self.perturbed_rows = 0
+
+    # the forward of the network
+
+    def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook of the network."""
+        if not root.training:
+            return None
+        self._reset()
+        if transformed():
+            raise RuntimeError(
+                "learned feedback inside a torch.func transform: it would differentiate through the forward weights instead of B; "
+                "call loss.backward() or torch.autograd.grad"
+            )
+        if self.layerwise:
+            self.flush()
+        batch = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+        if batch is None:
+            raise ValueError("a converted network needs a tensor with a batch dimension as input")
+        self.inputs = (args, kwargs)
+        self.transports = self.layerwise and self.probe != "exact"
+        wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and not self.probe
+        self.perturbing = wanted and torch.is_grad_enabled() and (self.every == 1 or self.steps % self.every == 0)
+        self.warming = not self.probe and self.steps < self.warmup
+        self.perturbed_rows = math.ceil(self.fraction * batch)
+        for point in self.points.values():
+            point._weight, point.delta, point.change = (), None, None
+        wrap = lambda x: streams(self, x, None) if isinstance(x, Tensor) else x  # noqa: E731
+        return tuple(wrap(x) for x in args), {k: wrap(v) for k, v in kwargs.items()}
+
+    def end(self, root: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the network: keeps the perturbed logits, hands out the clean ones."""
+        if not root.training:
+            return None
+        if not isinstance(output, Streams):
+            raise TypeError(f"the network's forward must return one tensor computed from its input, got {type(output).__name__}")
+        if output.pending is not None or (output.source is not None and not output.source[1]):
+            name = (output.pending or output.source[0]).name  # type: ignore[index]
+            raise ValueError(
+                f"layer {name!r} is the network's output, which is never perturbed: pass exclude=[{name!r}] to convert, "
+                "or name the hidden layers with points=[...]"
+            )
+        if not self.activities:
+            raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
+        if self.transports:
+            idle = [n for n in self.activities if self.points[n].weight is None]
+            if idle:
+                raise ValueError(
+                    f"layerwise feedback: no Linear or Conv2d reads point {idle[0]!r} directly; use feedback='direct', or move the point"
+                )
+        self.logits, self.perturbed = output.clean, output.perturbed
+        return output.clean
+
+    def visit(self, point: FeedbackPoint, s: Streams) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            hidden = s.requires_grad and not s.clean.requires_grad
+        if hidden:
+            raise TypeError(f"a custom autograd.Function before point {point.name!r} hides the second stream: use torch functions there")
+        if point.name in self.activities:
+            raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
+        last = next(reversed(self.activities), None)
+        if last is not None and self.points[last].index > point.index:
+            raise ValueError(f"point {point.name!r} runs after {last!r}, but was registered before it: pass points=[...] in running order")
+        self.activities[point.name] = s.clean
+
+    def cut(self, h: Tensor) -> Tensor:
+        """What the next layer gets: detached in direct, so that no gradient crosses a point (DESIGN 1)."""
+        if self.probe == "exact":
+            return h
+        if not self.layerwise:
+            return h.detach()
+        return h.detach().requires_grad_() if self.warming and not h.requires_grad else h
+
+    def rows(self, t: Tensor) -> Tensor:
+        """The rows of a clean batch that have a perturbed twin, in the order of the perturbed stream."""
+        part = t if self.perturbed_rows == len(t) else t[: self.perturbed_rows]
+        return torch.cat((part, part)) if self.antithetic else part
+
+    @staticmethod
+    def constant(x: Any) -> Any:
+        """Warm-up: parameters are constants, so that they get no gradient at all and no optimiser moves them."""
+        return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
+
+    def transport(self, name: str, input: Streams, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Streams:
+        """Layerwise: a layer that reads a point hands its error down through B instead of its weight."""
+        if name not in ("linear", "conv2d"):
+            raise ValueError(f"layerwise feedback covers Linear and Conv2d, got {name}: use feedback='direct'")
+        assert input.source is not None
+        point, carry = input.source
+        connection, padding = Connection.of(name, weight, input.clean, *args, **kwargs)
+        if any(padding):
+            pad = lambda t: torch.nn.functional.pad(t, padding)  # noqa: E731
+            x, carry = pad(input.clean), (*carry, pad)
+        else:
+            x = input.clean
+        B = point.claim(weight, connection, carry)
+        if self.warming:
+            weight, bias = self.constant(weight), self.constant(bias)
+        clean = Transport.apply(x, weight, bias, B, connection, point)
+        perturbed = None
+        if input.perturbed is not None:
+            with torch.no_grad():
+                px = torch.nn.functional.pad(input.perturbed, padding) if any(padding) else input.perturbed
+                perturbed = connection.forward(px, weight, bias)
+                if self.rule.mirrors:
+                    point.change = (px - self.rows(x.detach()), perturbed - self.rows(clean.detach()))
+        return streams(self, clean, perturbed)
+
+    # learning B
+
+    def measure(self, losses: Tensor, perturbed_losses: Tensor | None, e: Tensor) -> Measurement:
+        """What the step showed: the loss change of each perturbed sample and e = dL/dlogits; non-finite samples count as zero."""
+        assert self.logits is not None
+        dtype = torch.promote_types(self.logits.dtype, torch.float32)
+        n = self.perturbed_rows if perturbed_losses is not None else len(losses)
+        ok = torch.isfinite(losses[:n]) & torch.isfinite(e[:n]).all(1)
+        dL, dy = torch.zeros_like(losses[:n]), torch.zeros_like(e[:n])
+        if perturbed_losses is not None and self.perturbed is not None:
+            y = self.perturbed.detach().flatten(1).to(e.dtype)
+            if self.antithetic:
+                dL, dy = (perturbed_losses[:n] - perturbed_losses[n:]) / 2, (y[:n] - y[n:]) / 2
+            else:
+                dL, dy = perturbed_losses - losses[:n], y - self.logits.detach().flatten(1)[:n].to(e.dtype)
+            ok = ok & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+        self.skipped.add_((~ok).sum())
+        zero = torch.zeros((), dtype=e.dtype, device=e.device)
+        dL, e, dy = torch.where(ok, dL, zero), torch.where(ok[:, None], e[:n], zero), torch.where(ok[:, None], dy, zero)
+        return Measurement(
+            step=self.step.clone(),
+            rows=n,
+            std=self.noise_std,
+            units=sum(self.points[name].units for name in self.activities),
+            regressor=e.to(dtype),
+            w=(dL / self.noise_std**2).to(dtype),
+            loss_change=dL.to(dtype),
+            output_change=dy.to(dtype),
+            prediction=self.prediction,
+            points=tuple(self.activities),
+            ok=ok,
+        )
+
+    def schedule(self, m: Measurement) -> None:
+        """Let B take the step before the next forward (SPEC 5)."""
+        if self.layerwise:
+            self.measured = m
+            return
+        m.gains = self.rule.update(m, self._buffers)
+        for point in m.points:
+            self.points[point].pending = m
+
+    def flush(self) -> None:
+        """Apply every pending update of B."""
+        m = self.measured
+        if m is not None and m.scale is not None:  # the backward pass has run
+            self.measured = None
+            with torch.no_grad():
+                self._measure_layers(m, m.scale)
+        for point in self.points.values():
+            point.flush()
+
+    def _measure_layers(self, step: Measurement, scale: Tensor) -> None:
+        # each layer regresses its own lam on the errors of the layer above, known once the backward pass has run
+        measured: list[tuple[FeedbackPoint, Connection, Measurement]] = []
+        for point in self.points.values():
+            if point.delta is None or point.connection is None:
+                continue
+            if not self.rule.regresses:
+                point.pending, point.delta = step, None
+                continue
+            dtype = step.w.dtype
+            delta = point.delta[: step.rows].to(dtype)
+            column = (-1, *[1] * (delta.ndim - 1))
+            c = scale[: step.rows].to(dtype).view(column)
+            ok = step.ok.view(column) & (c != 0) & torch.isfinite(delta).flatten(1).all(1).view(column)
+            r = point.connection.regressors(torch.where(ok, delta / c, torch.zeros_like(delta)))
+            measured.append((point, point.connection, step.at(r)))
+        if self.rule.predicts:
+            predicted = torch.zeros_like(step.loss_change)
+            for point, connection, m in measured:
+                B = point._buffers["B"]
+                product = (point.regressand(m, B.dtype) * (m.regressor @ connection.matrix(B).mT)).sum(-1)  # [S] or [groups, S]
+                predicted = predicted + product.view(-1, m.rows, len(m.w) // m.rows).sum((0, 2))
+            for _, _, m in measured:
+                m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
+        for point, _, m in measured:
+            m.gains = self.rule.update(m, point._buffers)
+            point.pending, point.delta = m, None
+
+    def advance(self) -> None:
+        self.step.add_(1)
+        if self.every > 1 or self.warmup:
+            self.steps += 1
+
+    def warn(self) -> None:
+        """One warning when samples were skipped; on a GPU only ``fb.summary`` looks, because looking synchronises."""
+        if not self.warned and not torch.compiler.is_compiling() and self.skipped.device.type == "cpu" and int(self.skipped):
+            self.warned = True
+            warnings.warn(f"{int(self.skipped)} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=4)
+
+    def extra_repr(self) -> str:
+        return f"{'layerwise' if self.layerwise else 'direct'}, rule={self.rule}, noise_std={self.noise_std}, noise={self.noise!r}"
+
+    def names(self) -> tuple[str, ...]:
+        return () if self.layerwise else self.rule.statistics
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.measured = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "step" in state_dict:
+            self.steps = int(state_dict[prefix + "step"])
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo enters the transforms while it traces, so the answer is known then
+def transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None

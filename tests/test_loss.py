@@ -1,0 +1,593 @@
+"""PerturbedLoss: its value, the gradients it hands out, scaling, compilation, and what must not slip past it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fbkernels as fb
+
+K = 5
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 6), nn.Sigmoid(), nn.Linear(6, K))
+
+
+def cnn(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, K)
+    )
+
+
+def data(make: Any = mlp, n: int = 8, steps: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    shape = (n, 4) if make is mlp else (n, 1, 6, 6)
+    return [(torch.randn(shape, generator=generator), torch.randint(K, (n,), generator=generator)) for _ in range(steps)]
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in net.state_dict().items()}
+
+
+def learned(net: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in state(net).items() if ".feedback." in k}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def gradients(net: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in net.parameters()]
+
+
+# the value and backprop's gradients
+
+X, Y = data()[0]
+W = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0])
+SOFT = torch.softmax(torch.linspace(-2, 2, 8 * K).view(8, K).sin(), 1)
+IGNORED = torch.where(torch.arange(8) % 3 == 0, -100, Y)
+CRITERIA: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
+    "cross entropy": (nn.CrossEntropyLoss(), Y),
+    "class weights": (nn.CrossEntropyLoss(W), Y),
+    "ignore_index": (nn.CrossEntropyLoss(), IGNORED),
+    "ignore_index, class weights": (nn.CrossEntropyLoss(W, ignore_index=2), Y),
+    "label smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), Y),
+    "label smoothing, class weights, ignored": (nn.CrossEntropyLoss(W, label_smoothing=0.2), IGNORED),
+    "soft targets": (nn.CrossEntropyLoss(), SOFT),
+    "soft targets, class weights, label smoothing": (nn.CrossEntropyLoss(W, label_smoothing=0.1), SOFT),
+    "mse": (nn.MSELoss(), SOFT),
+    "smooth l1": (nn.SmoothL1Loss(), SOFT),
+    "bce": (nn.BCEWithLogitsLoss(), SOFT),
+    "bce, weights": (nn.BCEWithLogitsLoss(weight=W + 1, pos_weight=W), SOFT),
+    "multi margin": (nn.MultiMarginLoss(weight=W + 1), Y),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_value_and_backprop_of_any_criterion(name: str, reduction: str) -> None:
+    criterion, target = CRITERIA[name]
+    criterion = copy.deepcopy(criterion)
+    criterion.reduction = reduction
+    model = mlp().double()
+    net = fb.convert(model, feedback="layerwise", rule=fb.WeightTransport())
+    target = target.double() if target.is_floating_point() else target
+    ours = fb.PerturbedLoss(criterion, net)
+    if reduction == "none" and name in ("mse", "smooth l1", "bce", "bce, weights"):
+        with pytest.raises(ValueError, match="reduction='none'"):
+            ours(net(X.double()), target)
+        return
+    expected = criterion.double()(model(X.double()), target)
+    value = ours(net(X.double()), target)
+    assert value.shape == expected.shape
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-15)
+    weights = torch.arange(1.0, 9).double() if reduction == "none" else torch.ones((), dtype=torch.float64)
+    want = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    got = torch.autograd.grad((value * weights).sum(), list(net.parameters()))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-14)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]] = {
+    "function": (F.cross_entropy, F.cross_entropy, Y),
+    "function mse": (F.mse_loss, F.mse_loss, SOFT),
+    "partial": (functools.partial(F.cross_entropy, weight=W, ignore_index=1), functools.partial(F.cross_entropy, weight=W, ignore_index=1), Y),
+    "partial sum": (functools.partial(F.cross_entropy, reduction="sum"), functools.partial(F.cross_entropy, reduction="sum"), Y),
+    "per-sample lambda": (lambda o, t: (o - t).square().sum(1) / 2, lambda o, t: (o - t).square().sum(1) / 2, SOFT),
+    "negative log likelihood": (
+        lambda o, t: F.nll_loss(o.log_softmax(1), t, reduction="none"),
+        lambda o, t: F.nll_loss(o.log_softmax(1), t, reduction="none"),
+        Y,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_value_and_backprop_of_functions(name: str) -> None:
+    criterion, plain, target = FUNCTIONS[name]
+    model = mlp()
+    net = fb.convert(model, feedback="layerwise", rule=fb.WeightTransport())
+    expected, value = plain(model(X), target), fb.PerturbedLoss(criterion, net)(net(X), target)
+    # the class weights are float32 and the logits are rounded to float32 once: a handful of roundings
+    torch.testing.assert_close(value, expected, rtol=16 * 2.0**-23, atol=1e-7)
+    want = torch.autograd.grad(expected.sum(), list(model.parameters()))
+    for g, w in zip(torch.autograd.grad(value.sum(), list(net.parameters())), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=64 * 2.0**-23 * float(w.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("criterion", [nn.KLDivLoss(reduction="batchmean"), nn.KLDivLoss(reduction="mean")], ids=lambda c: c.reduction)
+def test_batchmean(criterion: nn.KLDivLoss) -> None:
+    model = nn.Sequential(*mlp(), nn.LogSoftmax(1))
+    net = fb.convert(model)
+    torch.testing.assert_close(fb.PerturbedLoss(criterion, net)(net(X), SOFT), criterion(model(X), SOFT))
+
+
+def test_segmentation() -> None:
+    """One loss a position: a sample's loss is their sum."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 1)).double()
+    x, y = torch.randn(4, 1, 5, 5).double(), torch.randint(3, (4, 3, 3))
+    y[0, 0, 0] = -100
+    for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5]).double())):
+        net = fb.convert(model, feedback="layerwise", rule=fb.WeightTransport())
+        expected, value = criterion(model(x), y), fb.PerturbedLoss(criterion, net)(net(x), y)
+        torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-15)
+        want = torch.autograd.grad(expected, list(model.parameters()))
+        for g, w in zip(torch.autograd.grad(value, list(net.parameters())), want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-14)
+        direct = fb.convert(model)
+        fb.PerturbedLoss(criterion, direct)(direct(x), y).backward()
+        assert tuple(fb.points(direct)["0"].B.shape) == (4 * 9, 3 * 9)
+
+
+def test_eval_gives_the_criterions_own_value() -> None:
+    for criterion in (nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
+        net = fb.convert(mlp())
+        ours = fb.PerturbedLoss(criterion, net)
+        net.eval()
+        before = state(net)
+        assert torch.equal(ours(net(X), Y), criterion(net(X), Y))
+        with torch.no_grad():
+            assert torch.equal(ours(net(X) + 1, Y), criterion(net(X) + 1, Y))  # any logits will do
+        same(state(net), before)
+
+
+def test_the_value_does_not_depend_on_the_rule_or_the_noise() -> None:
+    expected = F.cross_entropy(mlp()(X), Y)
+    for options in ({"noise_std": 3.0}, {"rule": fb.Fixed()}, {"feedback": "layerwise"}, {"antithetic": True}, {"fraction": 0.2}, {"warmup": 3}):
+        net = fb.convert(mlp(), **options)
+        torch.testing.assert_close(fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y), expected, rtol=8 * 2.0**-23, atol=0)
+
+
+# what backward does
+
+
+def step(net: nn.Module, x: Tensor = X, y: Tensor = Y, scale: float = 1, **options: Any) -> Tensor:
+    loss = fb.PerturbedLoss(nn.CrossEntropyLoss(**options), net)(net(x), y)
+    (loss * scale).backward()
+    return loss.detach()
+
+
+def trained(make: Any = mlp, feedback: str = "direct", rule: fb.Rule | None = None, steps: int = 2, **options: Any) -> nn.Module:
+    """A network whose B is no longer its start, with no update pending and no gradient."""
+    net = fb.convert(make(), feedback=feedback, rule=rule or fb.LMS(0.1), **{"noise_std": 0.1, "seed": 3, **options})
+    for x, y in data(make, steps=steps):
+        step(net, x, y)
+    fb.flush(net)
+    net.zero_grad()
+    return net
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_backward_uses_B(feedback: str) -> None:
+    """Not W: with B = 0 the hidden layers get exactly zero; four times the top B is four times the gradient of its layer (a power of two)."""
+    grads = {}
+    for factor in (0.0, 1.0, 4.0):
+        net = trained(feedback=feedback)
+        net[4].weight.data.mul_(1)
+        point = fb.points(net)["2"]
+        point.B = point.B * factor
+        step(net)
+        grads[factor] = gradients(net)
+    hidden, output = slice(2, 4), slice(4, 6)
+    assert all(g.abs().max() > 0 for g in grads[1.0])
+    assert all(not g.any() for g in grads[0.0][hidden])
+    assert all(torch.equal(4 * g, h) for g, h in zip(grads[1.0][hidden], grads[4.0][hidden], strict=True))
+    assert all(torch.equal(g, h) for g, h in zip(grads[1.0][output], grads[0.0][output], strict=True))
+    if feedback == "direct":
+        assert all(torch.equal(g, h) for g, h in zip(grads[1.0][:2], grads[0.0][:2], strict=True))
+    else:
+        assert all(not g.any() for g in grads[0.0][:2])
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_gradients_by_hand(feedback: str) -> None:
+    net = trained(feedback=feedback, make=lambda: mlp().double()) if False else trained(feedback=feedback)
+    B1, B2 = (fb.points(net)[n].B.clone() for n in ("0", "2"))
+    W2, b2, W3, b3 = (t.detach() for t in (net[2].weight, net[2].bias, net[4].weight, net[4].bias))
+    h1 = net[0](X).tanh().detach()
+    h2 = (h1 @ W2.T + b2).sigmoid()
+    e = (h2 @ W3.T + b3).softmax(1) - F.one_hot(Y, K)
+    step(net)
+    delta2 = (e @ B2.T) * h2 * (1 - h2)
+    delta1 = ((e if feedback == "direct" else delta2) @ B1.T) * (1 - h1.square())
+    expected = [delta1.T @ X, delta1.sum(0), delta2.T @ h1, delta2.sum(0), e.T @ h2, e.sum(0)]
+    for got, want in zip(gradients(net), expected, strict=True):
+        torch.testing.assert_close(got, want / len(X), rtol=0, atol=100 * 2.0**-23 * float(want.abs().max()) / len(X))
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Ridge()), ("direct", fb.Joint()), ("layerwise", fb.LMS(0.1)), ("layerwise", fb.Joint())], ids=str)
+def test_loss_scaling(feedback: str, rule: fb.Rule, make: Any) -> None:
+    """A power of two scales W's gradients exactly, and B never sees it."""
+    nets = [trained(make, feedback, copy.deepcopy(rule)) for _ in range(2)]
+    for i in range(2):
+        x, y = data(make, steps=4)[2 + i]
+        for net, scale in zip(nets, (1, 2.0**16), strict=True):
+            net.zero_grad()
+            step(net, x, y, scale)
+        for a, b in zip(*map(gradients, nets), strict=True):
+            assert torch.equal(a * 2.0**16, b)
+    same(*map(learned, nets))
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_grad_scaler(feedback: str) -> None:
+    plain, scaled = (trained(feedback=feedback) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for net in (plain, scaled):
+        optimizer, criterion = torch.optim.SGD(net.parameters(), 0.5), fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        for x, y in data(steps=3):
+            optimizer.zero_grad()
+            loss = criterion(net(x), y)
+            if net is plain:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    same(state(plain), state(scaled))
+
+
+def test_an_overflowing_scale_keeps_B_finite() -> None:
+    for feedback in ("direct", "layerwise"):
+        net = trained(feedback=feedback)
+        before = {n: p.B.clone() for n, p in fb.points(net).items()}
+        step(net, scale=float("inf"))
+        for name, point in fb.points(net).items():
+            assert point.B.isfinite().all()
+            assert feedback == "direct" or torch.equal(point.B, before[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Ridge()), ("direct", fb.Joint()), ("layerwise", fb.LMS(0.1))], ids=str)
+def test_gradient_accumulation(feedback: str, rule: fb.Rule, reduction: str) -> None:
+    """Micro batches with .grad kept give the sum of their gradients, bit for bit, and the same B."""
+    kept, apart = (trained(feedback=feedback, rule=copy.deepcopy(rule)) for _ in range(2))
+    total: list[Tensor] = []
+    for x, y in data(steps=4):
+        step(kept, x, y, reduction=reduction)
+        apart.zero_grad()
+        step(apart, x, y, reduction=reduction)
+        total = [t + g for t, g in zip(total, gradients(apart), strict=True)] if total else gradients(apart)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(kept), total, strict=True))
+    same(learned(kept), learned(apart))
+
+
+def test_micro_batches_are_the_batch_with_a_fixed_B() -> None:
+    x, y = data(n=12)[0]
+    whole, parts = (fb.convert(mlp(), rule=fb.Fixed()) for _ in range(2))
+    step(whole, x, y, reduction="sum")
+    for i in range(3):
+        step(parts, x[4 * i : 4 * i + 4], y[4 * i : 4 * i + 4], reduction="sum")
+    for a, b in zip(gradients(parts), gradients(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=24 * 2.0**-23 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_reduction_changes_the_scale_of_W_and_not_B(feedback: str) -> None:
+    nets = [trained(feedback=feedback) for _ in range(3)]
+    for net, reduction in zip(nets, ("mean", "sum", "none"), strict=True):
+        out = fb.PerturbedLoss(nn.CrossEntropyLoss(reduction=reduction), net)(net(X), Y)
+        (out.sum() if reduction == "none" else out).backward()
+    mean, total, none = map(gradients, nets)
+    assert all(torch.equal(8 * m, s) for m, s in zip(mean, total, strict=True))  # N = 8, a power of two
+    assert all(torch.equal(n, s) for n, s in zip(none, total, strict=True))
+    same(learned(nets[0]), learned(nets[1]))
+    same(learned(nets[2]), learned(nets[1]))
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_autocast(feedback: str, make: Any) -> None:
+    """Gradients and B under bf16 autocast are as far from float32's as torch's own bf16 gradients are."""
+    x, y = data(make, n=32)[0]
+
+    def error(run: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> tuple[float, list[Tensor]]:
+        exact, rounded = build(), build()
+        run(exact)
+        with torch.autocast("cpu", torch.bfloat16):
+            run(rounded)
+        pairs = list(zip(gradients(exact), gradients(rounded), strict=True))
+        assert all(b.dtype == torch.float32 for _, b in pairs)
+        return max(float((a - b).norm() / a.norm()) for a, b in pairs if a.norm() > 1e-6), gradients(rounded)
+
+    torchs, _ = error(lambda m: F.cross_entropy(m(x), y).backward(), make)
+    ours, grads = error(lambda m: step(m, x, y), lambda: trained(make, feedback))
+    assert 0 < torchs < 0.1
+    # B is not W: its gradients are smaller and their relative error is larger; 2^-8 is bf16's rounding, 30 of them no more than chance
+    assert 0 < ours < max(4 * torchs, 30 * 2.0**-8)
+    net = trained(make, feedback)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), y)
+    loss.backward()  # outside, as torch advises
+    assert loss.dtype == torch.float32
+    assert all(p.B.dtype == torch.float32 and p.B.isfinite().all() for p in fb.points(net).values())
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_warm_up_moves_B_alone(feedback: str) -> None:
+    model = cnn()
+    net = fb.convert(model, feedback=feedback, warmup=2, rule=fb.LMS(0.1), noise_std=0.1)
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.1)
+    weights = [p.detach().clone() for p in net.parameters()]
+    for i, (x, y) in enumerate(data(cnn, steps=3)):
+        before = learned(net)
+        optimizer.zero_grad()
+        step(net, x, y)
+        optimizer.step()
+        moved = [not torch.equal(p, w) for p, w in zip(net.parameters(), weights, strict=True)]
+        assert not any(moved) if i < 2 else any(moved)
+        after = learned(net)
+        assert i == 0 or any(not torch.equal(after[k], before[k]) for k in after if k.endswith(".B"))
+
+
+# what must not slip past
+
+
+def functional_loss(net: nn.Module, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda params, x, y: criterion(torch.func.functional_call(net, params, (x,)), y)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor], dict[str, Tensor]], Any]] = {
+    "grad": lambda f, p: torch.func.grad(f)(p, X, Y),
+    "grad_and_value": lambda f, p: torch.func.grad_and_value(f)(p, X, Y),
+    "vjp": lambda f, p: torch.func.vjp(f, p, X, Y),
+    "jvp": lambda f, p: torch.func.jvp(lambda p: f(p, X, Y), (p,), (p,)),
+    "vmap": lambda f, p: torch.func.vmap(f, (None, 0, 0))(p, X[:, None], Y[:, None]),
+    "vmap of grad": lambda f, p: torch.func.vmap(torch.func.grad(f), (None, 0, 0))(p, X[:, None], Y[:, None]),
+    "jacrev": lambda f, p: torch.func.jacrev(f)(p, X, Y),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms_are_refused(transform: str, feedback: str, compiled: bool) -> None:
+    net = trained(feedback=feedback)
+    f = functional_loss(net, fb.PerturbedLoss(nn.CrossEntropyLoss(), net))
+    params = {k: v.detach() for k, v in net.named_parameters()}
+    before, random = state(net), torch.get_rng_state()
+
+    def run() -> Any:
+        return TRANSFORMS[transform](f, params)
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="inside a torch.func transform"):
+        torch.compile(run, backend="eager")() if compiled else run()
+    same(state(net), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_forward_mode_is_refused(feedback: str) -> None:
+    import torch.autograd.forward_ad as fwd
+
+    net = trained(feedback=feedback)
+    with fwd.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp|transform"):
+        x = fwd.make_dual(X, torch.ones_like(X))
+        loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), Y)
+        assert fwd.unpack_dual(loss).tangent is None, "a tangent through W"
+        raise RuntimeError("the forward-mode derivative is lost, not wrong")
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_double_backward_is_refused(feedback: str) -> None:
+    net = trained(feedback=feedback)
+    loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
+    grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+def test_detached_logits_are_refused() -> None:
+    net = trained()
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    with pytest.raises(ValueError, match="output of the network's last training forward"):
+        criterion(net(X).detach(), Y)
+
+
+# non-finite samples
+
+BAD = {"loss": float("inf"), "nan": float("nan")}
+
+
+@contextlib.contextmanager
+def one_warning() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert ["non-finite" in str(w.message) for w in caught] == [True], [str(w.message) for w in caught]
+
+
+class Weighted:
+    """Squared errors, one a sample, times a weight that is the target's last column."""
+
+    def __call__(self, out: Tensor, target: Tensor) -> Tensor:
+        return target[:, K] * (out - target[:, :K]).square().sum(1)
+
+
+RULES = [
+    ("direct", fb.Ridge()),
+    ("direct", fb.LMS(0.1)),
+    ("direct", fb.NormalizedLMS(0.5)),
+    ("direct", fb.Joint()),
+    ("direct", fb.Joint(signal="output")),
+    ("direct", fb.SyntheticGradient(0.1)),
+    ("layerwise", fb.Ridge()),
+    ("layerwise", fb.LMS(0.1)),
+    ("layerwise", fb.NormalizedLMS(0.5)),
+    ("layerwise", fb.Joint()),
+    ("layerwise", fb.SyntheticGradient(0.1)),
+]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("feedback", "rule"), RULES, ids=str)
+def test_non_finite_samples_are_skipped(feedback: str, rule: fb.Rule, bad: float) -> None:
+    """B is that of a step in which these samples weigh nothing, whose e and dL are zero."""
+    nets = []
+    for broken in (False, True):
+        net = trained(feedback=feedback, rule=copy.deepcopy(rule))
+        target = torch.cat((SOFT, torch.ones(8, 1)), 1)
+        target[[2, 5], K] = 0
+        if broken:
+            target[2, K], target[5, 1] = bad, bad
+            target[5, K] = 1
+        criterion = fb.PerturbedLoss(Weighted(), net)
+        with one_warning() if broken else contextlib.nullcontext():
+            criterion(net(X), target).sum().backward()
+            nets.append(learned(net))
+    clean, skipped = nets
+    assert int(skipped["0.feedback.shared.skipped"]) == 2
+    assert int(clean["0.feedback.shared.skipped"]) == 0
+    if (feedback, type(rule)) == ("direct", fb.Joint) and rule.signal == "output":
+        clean = {k: v for k, v in clean.items() if not k.endswith(".B")}  # needs no loss: see test_a_skipped_sample_teaches_nothing
+    for key, value in clean.items():
+        if not key.endswith("skipped"):
+            assert skipped[key].isfinite().all()
+            torch.testing.assert_close(skipped[key], value, rtol=0, atol=64 * torch.finfo(torch.float32).eps * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("where", ["loss", "input"])
+def test_a_skipped_sample_teaches_nothing(where: str) -> None:
+    """All samples of a step are broken: the direct rules leave B bit for bit."""
+    for rule in (fb.Ridge(), fb.LMS(0.1), fb.NormalizedLMS(0.5), fb.Joint(), fb.Joint(signal="output"), fb.SyntheticGradient(0.1)):
+        net = trained(rule=rule)
+        before = learned(net)
+        x, target = X.clone(), SOFT.clone()
+        (target if where == "loss" else x).fill_(float("nan"))
+        with one_warning():
+            fb.PerturbedLoss(nn.MSELoss(), net)(net(x), target).backward()
+        after = learned(net)
+        assert int(after["0.feedback.shared.skipped"]) == 8
+        for key in before:
+            if not key.endswith(("step", "skipped")):
+                assert torch.equal(after[key], before[key]), (rule, key)
+
+
+def test_weight_mirror_skips_a_broken_input() -> None:
+    nets = []
+    for x in (torch.cat((X[:5], X[6:])), X.index_fill(0, torch.tensor([5]), float("nan"))):
+        net = trained(feedback="layerwise", rule=fb.WeightMirror())
+        target = SOFT[: len(x)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fb.PerturbedLoss(nn.MSELoss(), net)(net(x), target).backward()
+        nets.append(learned(net))
+    before = learned(trained(feedback="layerwise", rule=fb.WeightMirror()))
+    for key in before:
+        if key.endswith(".B"):
+            assert nets[1][key].isfinite().all()
+            assert not torch.equal(nets[1][key], before[key])  # the seven other samples taught it
+
+
+def test_one_warning_in_all() -> None:
+    net = trained()
+    criterion = fb.PerturbedLoss(nn.MSELoss(), net)
+    with one_warning():
+        for _ in range(3):
+            criterion(net(X), SOFT.index_fill(0, torch.tensor([1]), float("nan")))
+    assert "3 samples skipped" in str(fb.summary(net))
+
+
+# compiled
+
+
+def run_steps(net: nn.Module, criterion: Callable[..., Tensor], call: Callable[..., Tensor], batches: list[Any]) -> list[tuple[Tensor, list[Tensor]]]:
+    optimizer, seen = torch.optim.SGD(net.parameters(), 0.1), []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = call(x, y)
+        loss.backward()
+        seen.append((loss.detach().clone(), gradients(net)))
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "backend"),
+    [
+        (mlp, fb.Ridge(), "aot_eager"),
+        (mlp, fb.Joint(), "aot_eager"),
+        (mlp, fb.Joint(signal="output"), "aot_eager"),
+        (mlp, fb.Fixed(), "aot_eager"),
+        (cnn, fb.LMS(0.1), "aot_eager"),
+        (mlp, fb.Ridge(), "inductor"),
+    ],
+    ids=lambda v: getattr(v, "__name__", str(v)),
+)
+def test_compiles_to_one_graph(make: Any, rule: fb.Rule, backend: str) -> None:
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    batches = data(make, steps=5)
+    eager, net = (fb.convert(make(), rule=copy.deepcopy(rule), noise_std=0.1, seed=3) for _ in range(2))
+    plain = fb.PerturbedLoss(nn.CrossEntropyLoss(), eager)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    compiled = torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend=backend)
+    expected = run_steps(eager, plain, lambda x, y: plain(eager(x), y), batches)
+    got = run_steps(net, criterion, compiled, batches[:2])
+    frames = counters["stats"]["unique_graphs"]
+    got += run_steps(net, criterion, compiled, batches[2:])
+    assert counters["stats"]["unique_graphs"] == frames, "recompiled after the second step"
+    for i, ((loss, grads), (want, wants)) in enumerate(zip(got, expected, strict=True)):
+        # the same arithmetic in another order, and W carries it from step to step
+        torch.testing.assert_close(loss, want, rtol=32 * (i + 1) * 2.0**-23, atol=0)
+        for g, w in zip(grads, wants, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=500 * (i + 1) * 2.0**-23 * float(w.abs().max()) + 1e-8)
+    ours, theirs = learned(net), learned(eager)
+    assert list(ours) == list(theirs)
+    for key, want in theirs.items():
+        if want.is_floating_point():
+            # w = dL / sigma^2 magnifies the rounding of dL: eps * |logits| / (sigma |gradient|)
+            torch.testing.assert_close(ours[key], want, rtol=0, atol=2e-3 * float(want.abs().max()))
+        else:
+            assert torch.equal(ours[key], want)
+
+
+@given(n=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), fraction=st.floats(0.05, 1), antithetic=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_batch_size_and_part(n: int, seed: int, fraction: float, antithetic: bool) -> None:
+    net = fb.convert(mlp(), seed=seed, fraction=fraction, antithetic=antithetic)
+    x, y = data(n=n)[0]
+    loss = step(net, x, y)
+    torch.testing.assert_close(loss, F.cross_entropy(net.eval()(x), y).detach(), rtol=8 * 2.0**-23, atol=1e-7)
+    assert all(p.B.isfinite().all() and p.B.any() for p in fb.points(net).values())
