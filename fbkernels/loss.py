@@ -111,9 +111,7 @@ class PerturbedLoss(nn.Module):
         if not root.training:
             return self.criterion(logits, target)
         if net.logits is None or logits is not net.logits:
-            raise ValueError(
-                "PerturbedLoss must be called once with the output of the network's last training forward: criterion(net(x), y)"
-            )
+            raise ValueError("PerturbedLoss must be called once, with the output of the network's last training forward")
         losses, e = error(self.per_sample, logits.detach().double(), target)
         with torch.no_grad():
             perturbed = None

@@ -15,91 +15,27 @@ if TYPE_CHECKING:
 
 # What may follow a layer before its feedback point: the noise goes in after normalisation, activation and pooling (SPEC 1).
 _NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm"}
-_ACTIVATIONS = set(
-    [
-        "relu",
-        "relu_",
-        "tanh",
-        "tanh_",
-        "sigmoid",
-        "sigmoid_",
-        "gelu",
-        "silu",
-        "elu",
-        "elu_",
-        "leaky_relu",
-        "leaky_relu_",
-        "hardtanh",
-        "hardtanh_",
-        "relu6",
-        "softplus",
-        "mish",
-        "hardswish",
-        "hardsigmoid",
-        "selu",
-        "selu_",
-        "celu",
-        "celu_",
-        "prelu",
-        "threshold",
-        "threshold_",
-        "softsign",
-        "logsigmoid",
-        "tanhshrink",
-        "softshrink",
-        "hardshrink",
-        "clamp",
-        "clamp_",
-    ]
-)
+# fmt: off
+_ACTIVATIONS = {
+    "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "relu6", "softplus", "mish", "hardswish", "hardsigmoid",
+    "selu", "celu", "prelu", "threshold", "softsign", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "clamp",
+}
 _POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for d in (1, 2, 3)}
 _GROUP = _NORMS | _ACTIVATIONS | _POOLS
 # Linear maps that carry a point's noise unchanged to the layer that reads it.
-_REARRANGEMENTS = set(
-    [
-        "flatten",
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "movedim",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "pad",
-        "unflatten",
-        "to",
-        "float",
-        "double",
-    ]
-)
+_REARRANGEMENTS = {
+    "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "pad", "unflatten", "to",
+    "float", "double",
+}
 _DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
 _UNSHARED = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "fractional_max_pool2d", "fractional_max_pool3d"}
-_METADATA = set(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "stride",
-        "is_contiguous",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "get_device",
-        "storage_offset",
-        "data_ptr",
-        "__len__",
-        "__repr__",
-        "__format__",
-        "__hash__",
-        "type",
-        "is_same_size",
-        "untyped_storage",
-    ]
-)
+_METADATA = {
+    "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size", "is_floating_point", "is_complex",
+    "get_device", "storage_offset", "data_ptr", "__len__", "__repr__", "__format__", "__hash__", "type", "is_same_size",
+    "untyped_storage",
+}
 _VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties whose value is an activity
+# fmt: on
 
 
 class Streams(Tensor):
@@ -146,7 +82,8 @@ def twin(s: Streams) -> Tensor:
 def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name in _METADATA or (name == "__get__" and func.__self__ not in _VIEWS):
         return func(*_map(_clean, args), **kwargs)
-    if name not in _GROUP:
+    grouped = name.removesuffix("_") in _GROUP
+    if not grouped:
         args, kwargs = _map(_realise, args), _map(_realise, kwargs)
     every = _all((args, kwargs))
     first, net = every[0], every[0].net
@@ -177,7 +114,7 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         rest, n = args[1:], first.clean.shape[0]
         source = (first.source[0], (*first.source[1], lambda t: func(*_fit(name, (t, *rest), n), **kwargs)))
     if isinstance(clean, Tensor):
-        return streams(net, clean, perturbed, first.pending if name in _GROUP else None, source)
+        return streams(net, clean, perturbed, first.pending if grouped else None, source)
     if isinstance(clean, (tuple, list)):
         twins = perturbed if perturbed is not None else [None] * len(clean)
         return tuple([streams(net, c, p) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
