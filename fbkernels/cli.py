@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--antithetic", action="store_true", help="perturb by +xi and -xi")
     p.add_argument("--warmup", type=int, metavar="STEPS", help="first steps in which only B learns")
     p.add_argument("--device", help=f"default: {default.device}")
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: 1 for mlp, else torch's choice")
     where = p.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder for the results; default: a new one in runs/")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the interrupted run in DIR, bit for bit, with its settings")

@@ -86,7 +86,7 @@ class Settings:
     antithetic: bool = False
     warmup: int = 0  # steps; rivals without a B to learn start at once
     device: str = "cpu"
-    threads: int | None = None  # None: torch's own choice
+    threads: int | None = None  # None: one for mlp, which is too small to share between cores, else torch's own choice
 
     def __post_init__(self) -> None:
         one_of("data", self.data, NAMES)
@@ -231,8 +231,7 @@ def train(
     folder = Path(out)
     if checkpoint is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: {folder} is not an empty folder; name another, or continue the run there with --resume {folder}")
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else torch.get_num_threads()))
     data = _Images(settings)
     for method in settings.methods:  # what is impossible fails before anything is written
         build(settings, method, 0, data.shape, data.set.classes)

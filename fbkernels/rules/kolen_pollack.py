@@ -18,8 +18,9 @@ class KolenPollack(Rule):
 
     ``B <- (1 - decay) B + (dW + decay W_before)^T``, dW what the optimiser did to W since the last step. ``decay`` must be the decay that
     the optimiser applies to W in a step (for SGD its lr * weight_decay): then dW + decay W_before is the update without the decay, and
-    W^T - B shrinks by (1 - decay) a step. With decay 0 it is the paper's matching rule: W^T - B is constant. Exception to the form: no
-    noise, B follows W. Layerwise only.
+    W^T - B shrinks by (1 - decay) a step. With decay 0 it is the paper's matching rule: W^T - B is constant. A step in which W stood
+    still (warm-up, gradient accumulation, an overflow under AMP) leaves B as well. Exception to the form: no noise, B follows W.
+    Layerwise only.
 
     Statistics: ``before``, the weight at the last update.
 
@@ -50,6 +51,7 @@ class KolenPollack(Rule):
         assert point.weight is not None
         B, before = point._buffers["B"], point._buffers["before"]
         now = point.weight.detach().to(before.dtype)
-        change = now - (1 - self.decay) * before
-        B.mul_(1 - self.decay).add_(change if B.ndim > 2 else change.T)
+        keep = 1 - self.decay * (now != before).any()
+        change = now - keep * before
+        B.mul_(keep).add_(change if B.ndim > 2 else change.T)
         before.copy_(now)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fbkernels._check import positive
@@ -41,4 +42,5 @@ class SyntheticGradient(Rule):
 
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert m.gains is not None and m.targets is not None
-        point.update(m, *m.gains, target=m.targets[point.name])
+        # a skipped sample has G = 0, and 0 times a non-finite target is not 0
+        point.update(m, *m.gains, target=torch.nan_to_num(m.targets[point.name], nan=0.0, posinf=0.0, neginf=0.0))

@@ -40,6 +40,8 @@ class WeightMirror(Rule):
         B, c = point._buffers["B"], point.connection
         dh, dz = (t.to(B.dtype) for t in point.change)
         point.change = None
+        finite = torch.isfinite(dh).flatten(1).all(1) & torch.isfinite(dz).flatten(1).all(1)
+        dh, dz = (torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in (dh, dz))
         weight = B if c.convolution else B.T
         residual = dz - c.forward(dh, weight, None)
         gradient = c.weight_gradient(residual, dh, weight)
