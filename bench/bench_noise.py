@@ -16,7 +16,7 @@ import torch
 from fbkernels import ops
 
 CALLS = 20
-cuda = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+cuda = pytest.param("cuda", 1, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
 
 def prepare(call: Callable[[], torch.Tensor], device: str) -> Callable[[], Any]:
@@ -41,10 +41,11 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-@pytest.mark.parametrize("device", ["cpu", cuda])
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cpu", 2), cuda])
 @pytest.mark.parametrize("shape", [(32, 50), (64, 24576)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
-def test_noise(benchmark: Any, kind: str, shape: tuple[int, int], device: str) -> None:
+def test_noise(benchmark: Any, kind: str, shape: tuple[int, int], device: str, threads: int) -> None:
+    torch.set_num_threads(threads)
     step = torch.tensor(0, device=device)
     ours = prepare(lambda: ops.noise(step, 1, 2, *shape, 0.05, kind), device)
     rival = prepare(lambda: torch.randn(shape, device=device), device)
@@ -55,7 +56,7 @@ def test_noise(benchmark: Any, kind: str, shape: tuple[int, int], device: str) -
         "ns_per_element": mine / CALLS / (shape[0] * shape[1]) * 1e9,
         "torch_randn_ns_per_element": randn / CALLS / (shape[0] * shape[1]) * 1e9,
         "speedup": randn / mine,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "build": ops.build_info(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }

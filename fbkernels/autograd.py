@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbkernels.reference import Connection, layout
-
-if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
 
 
 class Deliver(torch.autograd.Function):
@@ -58,10 +55,10 @@ class Transport(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, point: FeedbackPoint
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, name: str, errors: dict[str, Tensor]
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
-        ctx.connection, ctx.point = connection, point
+        ctx.connection, ctx.name, ctx.errors = connection, name, errors
         return connection.forward(x, weight, bias)
 
     @staticmethod
@@ -69,11 +66,11 @@ class Transport(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> Any:
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
-        ctx.point.delta = delta
+        ctx.errors[ctx.name] = delta
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
         grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None
         grad_weight = connection.weight_gradient(delta, x_like, weight.to(delta.dtype)).to(weight.dtype) if need_weight else None
         outputs = 1 if connection.convolution else delta.ndim - 1
         grad_bias = delta.sum([d for d in range(delta.ndim) if d != outputs]).to(weight.dtype) if need_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None

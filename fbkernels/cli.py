@@ -31,12 +31,23 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _seeds(text: str) -> tuple[int, ...]:
-    return tuple(map(int, _names(text))) if "," in text else tuple(range(int(text)))
+    try:
+        seeds = tuple(map(int, _names(text)))
+    except ValueError:
+        seeds = ()
+    if len(seeds) == 1 and "," not in text:
+        seeds = tuple(range(min(seeds[0], 1001)))
+    if not 1 <= len(seeds) <= 1000:
+        raise argparse.ArgumentTypeError(f"expected a number of seeds, 1 to 1000, or a list of seeds such as 0,3,7, got {text!r}")
+    return seeds
 
 
 def _rule_arg(text: str) -> tuple[str, float]:
-    name, value = text.split("=")
-    return name, float(value)
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER, got {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +122,7 @@ def _train(given: dict[str, Any]) -> int:
     columns = TextColumn("{task.description}  {task.fields[state]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("reading data", total=None, state="")
 
             def watch(p: job.Progress) -> bool:
@@ -128,7 +139,7 @@ def _train(given: dict[str, Any]) -> int:
 
             records = job.train(settings, out, checkpoint=state, watch=watch)
     except KeyboardInterrupt:
-        how = f"continue with: fbkernels train --resume {out}" if (out / "checkpoint.pt").is_file() else "nothing was computed yet"
+        how = f"continue with: fbkernels train --resume {out}" if (out / "checkpoint.pt").is_file() else "nothing was written yet"
         print(f"interrupted; {how}", file=sys.stderr)
         return 130
     finally:
@@ -139,19 +150,22 @@ def _train(given: dict[str, Any]) -> int:
 
 
 def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:
-    def text(v: dict[str, float | None], digits: int) -> str:
+    def text(v: dict[str, float | None], form: str) -> str:
         if v["mean"] is None:
             return "-"
-        return f"{v['mean']:.{digits}f}" + ("" if v["standard_error"] is None else f" ± {v['standard_error']:.{digits}f}")
+        return f"{v['mean']:{form}}" + ("" if v["standard_error"] is None else f" ± {v['standard_error']:{form}}")
 
-    table = Table(title=f"{s.data}, {s.model}, {s.feedback} feedback, epoch {s.epochs}, {len(s.seeds)} seed{'s' * (len(s.seeds) > 1)}")
-    for head in ("method", "test accuracy %", "best", "train loss", "angle to backprop, by layer", "s/epoch", "images/s"):
+    table = Table(
+        title=f"{s.data}, {s.model}, {s.feedback} feedback, epoch {s.epochs}, {len(s.seeds)} seed{'s' * (len(s.seeds) > 1)}",
+        caption="angle to backprop's gradient in degrees, for each layer; ± standard error over seeds",
+    )
+    for head in ("method", "test %", "best %", "train loss", "angles", "s/epoch", "images/s"):
         table.add_column(head, justify="left" if head == "method" else "right")
     for method, r in results.items():
-        angles = "  ".join(text(a, 0) for a in r["angle"].values()) or ("0" if method == "backprop" else "-")
-        accuracy = text(r["test_accuracy"]["final"], 2), text(r["test_accuracy"]["best"], 2)
-        speed = text(r["seconds"], 2), text(r["images_per_second"], 0)
-        table.add_row(method, *accuracy, text(r["train_loss"]["final"], 4), angles, *speed)
+        angles = "  ".join(text(a, ".0f") for a in r["angle"].values()) or ("0" if method == "backprop" else "-")
+        accuracy = text(r["test_accuracy"]["final"], ".2f"), text(r["test_accuracy"]["best"], ".2f")
+        speed = (f"{r['seconds']['mean']:.2f}", f"{r['images_per_second']['mean']:,.0f}")
+        table.add_row(method, *accuracy, text(r["train_loss"]["final"], ".3g"), angles, *speed)
     return table
 
 
@@ -171,6 +185,6 @@ def main(argv: list[str] | None = None) -> int:
     command = given.pop("command")
     try:
         return _train(given) if command == "train" else _info()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"fbkernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -108,6 +108,7 @@ def convert(
     net.__dict__["feedback"] = owner
     net.register_forward_pre_hook(owner.begin, with_kwargs=True)
     net.register_forward_hook(owner.end)
+    net.register_load_state_dict_pre_hook(owner.check)
     owner.train(model.training)
     return net
 
@@ -154,8 +155,8 @@ def revert(net: nn.Module) -> nn.Module:
     model = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers()) if id(t) not in owned})
     del model.__dict__["feedback"]
     for module in list(model.modules()):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), own)]:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), own)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for child, point in list(module._modules.items()):

@@ -20,6 +20,7 @@ class Feedback(LazyBuffers):
     """What the points of one network share: the rule, the noise, the step, and one training step's bookkeeping."""
 
     step: Tensor  # int64, training steps so far
+    method: Tensor  # uint8 text, feedback structure and rule: a checkpoint of another one is refused
     skipped: Tensor  # int64, samples whose loss or loss change was not finite
 
     def __init__(
@@ -45,7 +46,8 @@ class Feedback(LazyBuffers):
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
         self.warned = False
-        self.measured: Measurement | None = None
+        self.measured: list[Measurement] = []  # layerwise: steps whose backward pass has run
+        self.register_buffer("method", torch.tensor(list(self._method().encode()), dtype=torch.uint8))
         self._reset()
 
     def _reset(self) -> None:
@@ -54,6 +56,8 @@ class Feedback(LazyBuffers):
         self.perturbed: Tensor | None = None
         self.prediction: Tensor | float = 0.0
         self.inputs: tuple[Any, ...] = ()
+        self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
+        self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
         self.perturbing = self.warming = self.transports = False
         self.perturbed_rows = 0
 
@@ -81,7 +85,7 @@ class Feedback(LazyBuffers):
         self.warming = not self.probe and self.steps < self.warmup
         self.perturbed_rows = math.ceil(self.fraction * batch)
         for point in self.points.values():
-            point._weight, point.delta, point.change = (), None, None
+            point._weight = ()
         wrap = lambda x: streams(self, x, None) if isinstance(x, Tensor) else x  # noqa: E731
         return tuple(wrap(x) for x in args), {k: wrap(v) for k, v in kwargs.items()}
 
@@ -153,14 +157,14 @@ class Feedback(LazyBuffers):
         B = point.claim(weight, connection, carry)
         if self.warming:
             weight, bias = self.constant(weight), self.constant(bias)
-        clean = Transport.apply(x, weight, bias, B, connection, point)
+        clean = Transport.apply(x, weight, bias, B, connection, point.name, self.errors)
         perturbed = None
         if input.perturbed is not None:
             with torch.no_grad():
                 px = torch.nn.functional.pad(input.perturbed, padding) if any(padding) else input.perturbed
                 perturbed = connection.forward(px, weight, bias)
                 if self.rule.mirrors:
-                    point.change = (px - self.rows(x.detach()), perturbed - self.rows(clean.detach()))
+                    self.changes[point.name] = (px - self.rows(x.detach()), perturbed - self.rows(clean.detach()))
         return streams(self, clean, perturbed)
 
     # learning B
@@ -193,13 +197,15 @@ class Feedback(LazyBuffers):
             output_change=dy.to(dtype),
             prediction=self.prediction,
             points=tuple(self.activities),
+            errors=self.errors,
+            changes=self.changes,
             ok=ok,
         )
 
     def schedule(self, m: Measurement) -> None:
         """Let B take the step before the next forward (SPEC 5)."""
         if self.layerwise:
-            self.measured = m
+            self.measured.append(m)
             return
         m.gains = self.rule.update(m, self._buffers)
         for point in m.points:
@@ -207,27 +213,32 @@ class Feedback(LazyBuffers):
 
     def flush(self) -> None:
         """Apply every pending update of B."""
-        m = self.measured
-        if m is not None and m.scale is not None:  # the backward pass has run
-            self.measured = None
+        measured, self.measured = self.measured, []
+        for m in measured:
             with torch.no_grad():
-                self._measure_layers(m, m.scale)
+                self._measure_layers(m)
+            self._flush_points()
+        self._flush_points()
+
+    def _flush_points(self) -> None:
         for point in self.points.values():
             point.flush()
 
-    def _measure_layers(self, step: Measurement, scale: Tensor) -> None:
+    def _measure_layers(self, step: Measurement) -> None:
         # each layer regresses its own lam on the errors of the layer above, known once the backward pass has run
+        assert step.scale is not None
+        layers = [(self.points[name], delta) for name, delta in step.errors.items()]
+        if not self.rule.regresses:
+            for point, _ in layers:
+                point.pending = step
+            return
+        dtype = step.w.dtype
         measured: list[tuple[FeedbackPoint, Connection, Measurement]] = []
-        for point in self.points.values():
-            if point.delta is None or point.connection is None:
-                continue
-            if not self.rule.regresses:
-                point.pending, point.delta = step, None
-                continue
-            dtype = step.w.dtype
-            delta = point.delta[: step.rows].to(dtype)
+        for point, delta in layers:
+            assert point.connection is not None
+            delta = delta[: step.rows].to(dtype)
             column = (-1, *[1] * (delta.ndim - 1))
-            c = scale[: step.rows].to(dtype).view(column)
+            c = step.scale[: step.rows].to(dtype).view(column)
             ok = step.ok.view(column) & (c != 0) & torch.isfinite(delta).flatten(1).all(1).view(column)
             r = point.connection.regressors(torch.where(ok, delta / c, torch.zeros_like(delta)))
             measured.append((point, point.connection, step.at(r)))
@@ -241,7 +252,7 @@ class Feedback(LazyBuffers):
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
             m.gains = self.rule.update(m, point._buffers)
-            point.pending, point.delta = m, None
+            point.pending = m
 
     def advance(self) -> None:
         self.step.add_(1)
@@ -260,11 +271,51 @@ class Feedback(LazyBuffers):
     def names(self) -> tuple[str, ...]:
         return () if self.layerwise else self.rule.statistics
 
+    def home(self) -> torch.device:
+        return self.step.device
+
+    def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
+        own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
+        for key, t in own.items():
+            if key in state_dict and key.rpartition(".")[2] not in ("method",) and state_dict[key].shape != t.shape:
+                raise ValueError(
+                    f"checkpoint of another network: size mismatch for {key}, {tuple(state_dict[key].shape)} in the checkpoint, "
+                    f"{tuple(t.shape)} here"
+                )
+        here = {k.rpartition(".")[0] for k in own if k.endswith(".shared.step")}
+        theirs = [k for k in state_dict if k.endswith(".shared.method")]
+        if not theirs:
+            return
+        names = {prefix + name for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
+        if theirs[0].rpartition(".")[0] not in here or not found <= names or (found and self.rule.learned and names != found):
+            raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(names)}")
+        method = bytes(state_dict[theirs[0]].tolist()).decode()
+        if method != self._method():
+            raise ValueError(f"checkpoint of another rule: its feedback is {method}, the network's is {self._method()}")
+
+    def _method(self) -> str:
+        return f"{'layerwise' if self.layerwise else 'direct'} {type(self.rule).__name__}"
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.measured = None
+        self.measured = []
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "step" in state_dict:
             self.steps = int(state_dict[prefix + "step"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        fresh: dict[str, Any] = {
+            "activities": {},
+            "errors": {},
+            "changes": {},
+            "logits": None,
+            "perturbed": None,
+            "prediction": 0.0,
+            "inputs": (),
+        }
+        return {**self.__dict__, **fresh}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo enters the transforms while it traces, so the answer is known then

@@ -120,14 +120,15 @@ class PerturbedLoss(nn.Module):
                 perturbed = self.per_sample(net.perturbed.double(), targets)
             m = net.measure(losses, perturbed, e)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor)
+        learns = net.rule.adapts and (perturbed is not None or not net.rule.perturbs)
+        out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor, learns)
         net.activities, net.logits = {}, None
         with torch.no_grad():
             if net.rule.supervised:
                 from fbkernels.metrics import true_gradients
 
                 m.targets = true_gradients(root, self.per_sample, target)
-            if net.rule.adapts and (perturbed is not None or not net.rule.perturbs):
+            if learns and not net.layerwise:
                 net.schedule(m)
             net.advance()
         net.warn()
@@ -151,7 +152,7 @@ def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, T
     return losses.detach(), e.flatten(1)
 
 
-def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anchor: Tensor | None = None) -> Tensor:
+def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anchor: Tensor | None = None, learns: bool = False) -> Tensor:
     """The losses with the feedback as their backward."""
     points = [net.points[name] for name in net.activities]
     record = None
@@ -165,6 +166,8 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
     elif net.layerwise:
 
         def record(c: Tensor) -> None:
+            if learns and m.scale is None:
+                net.schedule(m)
             m.scale = c.detach()
     else:
         feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)

@@ -47,7 +47,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
         true, true_weights, _ = _gradients(probe, per_sample, (x,), {}, y, exact=True)
         learned, weights, e = _gradients(probe, per_sample, (x,), {}, y, exact=False)
         owner = _owner(probe)
-        for name, point in owner.points.items():
+        for name in owner.points:
             if name not in true:
                 continue
             g, t = learned.get(name), true[name]
@@ -59,7 +59,6 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
             row["projected_error"] = math.nan if B is None or W is None or R is None else float(((W - B) @ R.mT).norm() / (W @ R.mT).norm())
             row["norm_ratio"] = math.nan if g is None else float(g.norm() / t.norm())
             result[name] = row
-            point.delta = None
     return result
 
 
@@ -140,10 +139,10 @@ def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | No
         return None, None, None
     if not owner.layerwise:
         return B, torch.linalg.lstsq(e, reference.units(t), driver="gelsd" if e.device.type == "cpu" else "gels").solution.T, e
-    assert point.weight is not None and point.connection is not None and point.delta is not None
+    assert point.weight is not None and point.connection is not None
     W = point.weight.detach()
     W = W if point.connection.convolution else W.T
-    return point.connection.matrix(B), point.connection.matrix(W), point.connection.regressors(point.delta)
+    return point.connection.matrix(B), point.connection.matrix(W), point.connection.regressors(owner.errors[name])
 
 
 def _angle(a: Tensor | None, b: Tensor | None) -> float:

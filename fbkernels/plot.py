@@ -48,6 +48,7 @@ def _line(axes: Axes, label: str, color: str, rows: list[tuple[int, int, float |
     """One method: (seed, epoch, value) rows to a mean and its standard error against epoch."""
     if not rows:
         return
+    axes.locator_params("x", integer=True)
     epochs = sorted({epoch for _, epoch, _ in rows})
     values = [np.array([np.nan if v is None else v for _, e, v in rows if e == epoch], float) for epoch in epochs]
     mean = np.array([v.mean() for v in values])

@@ -27,11 +27,13 @@ class LazyBuffers(nn.Module):
         """The buffers that may be missing yet."""
         raise NotImplementedError
 
+    def home(self) -> torch.device:
+        raise NotImplementedError
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.names():
-            self._buffers.pop(name, None)
             if prefix + name in state_dict:
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name])
+                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.home())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -61,8 +63,6 @@ class FeedbackPoint(LazyBuffers):
         self.connection: Connection | None = None  # layerwise: how the next layer reads this point
         self._weight: tuple[Tensor, ...] = ()  # layerwise: the next layer's weight; a tuple, as above
         self.carry: tuple[Callable[[Tensor], Tensor], ...] = ()  # layerwise: rearrangements between the point and the next layer
-        self.delta: Tensor | None = None  # layerwise: pre-activation error of the next layer, with the loss's scale
-        self.change: tuple[Tensor, Tensor] | None = None  # layerwise: p - h at the next layer's input, and what it did to z
         self.pending: Measurement | None = None
 
     @property
@@ -161,7 +161,7 @@ class FeedbackPoint(LazyBuffers):
         return B if connection.convolution else B.T
 
     def flush(self) -> None:
-        """Apply the pending update of B (SPEC 5). B keeps its storage."""
+        """Apply the pending update of B (SPEC 5). The result is a new tensor: a backward pass that is still to come has saved the old."""
         m, self.pending = self.pending, None
         if m is not None:
             with torch.no_grad():
@@ -172,7 +172,7 @@ class FeedbackPoint(LazyBuffers):
         B = self._buffers["B"]
         matrix = B if self.connection is None else self.connection.matrix(B)
         new = reference.feedback_update(matrix, self.regressand(m, matrix.dtype, target), M, G)
-        B.copy_(new if self.connection is None else self.connection.unmatrix(new, B.shape))
+        self._buffers["B"] = new if self.connection is None else self.connection.unmatrix(new, B.shape)
 
     def regressand(self, m: Measurement, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""
@@ -189,6 +189,9 @@ class FeedbackPoint(LazyBuffers):
         rule = self.net.rule
         return ("B",) * rule.learned + rule.statistics * self.net.layerwise
 
+    def home(self) -> torch.device:
+        return self.net.step.device
+
     def _load_from_state_dict(self, *args: Any) -> None:
         self.pending = None
         super()._load_from_state_dict(*args)
@@ -197,3 +200,8 @@ class FeedbackPoint(LazyBuffers):
         if self._net:
             self.net.flush()
         super()._save_to_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._net:
+            self.net.flush()
+        return {**self.__dict__, "carry": ()}

@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,7 +110,7 @@ class Settings:
         for seed in self.seeds:
             integer("seeds", seed, 0, 2**40)
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {self.device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -218,7 +218,7 @@ def train(
 
     ``metrics.jsonl``: a line for each method, seed and epoch, as returned. ``summary.json``: settings, versions, hardware, results.
     ``accuracy.png``, ``angle.png``: the curves. ``METHOD-SEED.pt``: final weights. ``checkpoint.pt``: where to continue, rewritten after
-    each epoch; it is replaced atomically, so there is a valid one at any time.
+    each epoch; files are replaced atomically, so there is a valid one at any time.
 
     Args:
         checkpoint: of ``load_checkpoint(out)``, to continue from.
@@ -231,15 +231,28 @@ def train(
     folder = Path(out)
     if checkpoint is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out: {folder} is not an empty folder; name another, or continue the run there with --resume {folder}")
-    torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else torch.get_num_threads()))
     data = _Images(settings)
     for method in settings.methods:  # what is impossible fails before anything is written
         build(settings, method, 0, data.shape, data.set.classes)
     folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else threads))
+    try:
+        records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch)
+        summary = {"settings": asdict(settings), "versions": versions(), "hardware": _hardware(settings), "results": summarise(records)}
+    finally:
+        torch.set_num_threads(threads)
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    curves(records, folder)
+    return records
 
+
+def _run(
+    settings: Settings, data: _Images, folder: Path, at: dict[str, Any], watch: Callable[[Progress], bool | None]
+) -> list[dict[str, Any]]:
+    """The rest of the job from the checkpoint ``at``; returns the records."""
     runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
     steps = -(-data.n // settings.batch_size)
-    at = checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}
     records: list[dict[str, Any]] = at["records"]
     _write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records))  # drops lines that are newer than the checkpoint
 
@@ -247,13 +260,15 @@ def train(
         state |= {"settings": asdict(settings), "records": records, "run": run, "epoch": epoch, "step": step}
         _save(folder / "checkpoint.pt", state)
 
+    if not (folder / "checkpoint.pt").exists():
+        save(0, 0, 0)
     for run, (seed, method) in list(enumerate(runs))[at["run"] :]:
         net, criterion, optimizer = build(settings, method, seed, data.shape, data.set.classes)
         resumed = run == at["run"] and "net" in at
         if resumed:
             net.load_state_dict(at["net"])
             optimizer.load_state_dict(at["optimizer"])
-        angle = _mean([p["angle"] for p in records[-1]["points"].values()]) if resumed and records else None
+        angle = None
         for epoch in range(at["epoch"] if resumed else 0, settings.epochs):
             inside = resumed and epoch == at["epoch"]
             first = at["step"] if inside else 0
@@ -299,9 +314,6 @@ def train(
             save(run, epoch + 1, 0, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=0.0)
         _save(folder / f"{method}-{seed}.pt", net.state_dict())
     save(len(runs), 0, 0)
-    summary = {"settings": asdict(settings), "versions": versions(), "hardware": _hardware(settings), "results": summarise(records)}
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    curves(records, folder)
     return records
 
 
@@ -316,9 +328,10 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Settings, dict[str,
         raise ValueError(f"{folder} has no checkpoint.pt to resume from")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return Settings(**state["settings"]), state
+        stored = {f.name: state["settings"][f.name] for f in fields(Settings)}
     except Exception as error:  # torch.load has no exception of its own for damaged files
-        raise ValueError(f"{path} is not a checkpoint of fbkernels train: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a checkpoint of fbkernels train ({type(error).__name__})") from error
+    return Settings(**stored), state
 
 
 def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -51,8 +51,8 @@ def rule_of(feedback: str, name: str) -> fb.Rule:
 def cnn(seed: int = 0, width: int = 4) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(width, 6, 2), nn.Tanh(), nn.Flatten(), nn.Dropout(0.2),
-        nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5),
+        nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(width, 6, 2), nn.Tanh(), nn.Flatten(),
+        nn.Dropout(0.2), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5),
     )  # fmt: skip
 
 
@@ -166,7 +166,14 @@ def test_a_checkpoint_resumes_bit_for_bit(feedback: str, rule: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"every": 3}, {"warmup": 4}, {"fraction": 0.5}, {"antithetic": True}, {"noise": "rademacher"}, {"every": 2, "warmup": 4, "antithetic": True}],
+    [
+        {"every": 3},
+        {"warmup": 4},
+        {"fraction": 0.5},
+        {"antithetic": True},
+        {"noise": "rademacher"},
+        {"every": 2, "warmup": 4, "antithetic": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
@@ -265,7 +272,7 @@ def test_a_checkpoint_of_another_network_or_rule_is_refused_untouched(other: str
     if trained:
         train(target, 0, 1)
     before = state(target)
-    with pytest.raises((ValueError, RuntimeError), match="feedback|size mismatch|checkpoint"):
+    with pytest.raises((ValueError, RuntimeError), match=r"feedback|size mismatch|checkpoint"):
         target.load_state_dict(state(source))
     same(state(target), before)
 
@@ -308,6 +315,16 @@ def test_the_statistics_keep_their_precision_in_any_dtype() -> None:
     assert V.dtype == torch.float64
     net.to(torch.bfloat16)
     assert torch.equal(net.state_dict()["0.feedback.shared.V"], V)
+
+
+@pytest.mark.filterwarnings("ignore:.*no-op")
+def test_what_is_loaded_lies_on_the_networks_device() -> None:
+    net = convert("direct", "ridge")
+    train(net, 0, 2)
+    checkpoint = state(net)
+    fresh = convert("direct", "ridge").to("meta")
+    fresh.load_state_dict(checkpoint)
+    assert {t.device.type for t in fresh.state_dict().values()} == {"meta"}
 
 
 # copies

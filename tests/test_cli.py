@@ -73,9 +73,10 @@ def test_outputs(whole: Path) -> None:
 
 def test_default_job_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--epochs", "12", "--seeds", "2"]) == 0
+    assert cli.main(["train", "--epochs", "10", "--seeds", "2"]) == 0
     (out,) = (tmp_path / "runs").iterdir()
-    assert all(word in capsys.readouterr().out for word in ("ridge", "backprop", "fa", "±", out.name))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("ridge", "backprop", "fa", "±", out.name))
     results = json.loads((out / "summary.json").read_text())["results"]
     accuracy = {m: r["test_accuracy"]["final"]["mean"] for m, r in results.items()}
     assert accuracy["backprop"] > 90
@@ -85,7 +86,8 @@ def test_default_job_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
 
 def test_rivals_share_weights_and_batches(tmp_path: Path) -> None:
     records = job.train(job.Settings(epochs=2, rule="weight-transport", compare=("backprop",), seeds=(3, 1)), tmp_path / "x")
-    for a, b in zip((r for r in records if r["method"] == "weight-transport"), (r for r in records if r["method"] == "backprop"), strict=True):
+    ours, theirs = ([r for r in records if r["method"] == m] for m in ("weight-transport", "backprop"))
+    for a, b in zip(ours, theirs, strict=True):
         assert a["seed"] == b["seed"]
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
         assert a["test_accuracy"] == b["test_accuracy"]
@@ -116,14 +118,14 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, feedback: str, rule: str, 
 
 
 def test_resume_of_a_convolutional_network(tmp_path: Path) -> None:
-    settings = job.Settings(epochs=1, train_images=200, model="cnn", rule="ridge", compare=("lms", "dfa"), threads=1)
+    settings = job.Settings(epochs=1, train_images=130, model="cnn", rule="ridge", compare=("lms", "dfa"), threads=1)
     job.train(settings, tmp_path / "whole")
-    interrupt(settings, tmp_path / "parts", 2, 6)
+    interrupt(settings, tmp_path / "parts", 2, 5)
     assert same_results(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_sigint_leaves_a_checkpoint_and_resume_finishes(tmp_path: Path) -> None:
-    job_of = ["--epochs", "40", "--compare", "", "--threads", "1"]
+    job_of = ["--epochs", "12", "--compare", "", "--threads", "1"]
     out = tmp_path / "parts"
     process = subprocess.Popen(
         [sys.executable, "-m", "fbkernels", "train", *job_of, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -135,7 +137,7 @@ def test_sigint_leaves_a_checkpoint_and_resume_finishes(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert errors.splitlines()[-1] == f"interrupted; continue with: fbkernels train --resume {out}"
-    assert 0 < len(metrics(out)) < 40
+    assert 0 < len(metrics(out)) < 12
     assert cli.main(["train", "--resume", str(out)]) == 0
     assert cli.main(["train", *job_of, "--out", str(tmp_path / "whole")]) == 0
     assert same_results(tmp_path / "whole", out)
@@ -154,8 +156,9 @@ def test_lines_newer_than_the_checkpoint_are_replaced(whole: Path, tmp_path: Pat
     assert same_results(whole, tmp_path / "x")
 
 
+@pytest.mark.filterwarnings("ignore:64 samples had a non-finite loss")
 def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
-    assert cli.main(["train", *SMALL, "--optimizer", "sgd", "--lr", "1e30", "--compare", "backprop", "--out", str(tmp_path / "x")]) == 0
+    assert cli.main(["train", *SMALL, "--optimizer", "sgd", "--lr", "1e38", "--compare", "backprop", "--out", str(tmp_path / "x")]) == 0
     summary = json.loads((tmp_path / "x" / "summary.json").read_text(), parse_constant=pytest.fail)
     assert summary["results"]["ridge"]["train_loss"]["final"]["mean"] is None
 
@@ -173,13 +176,15 @@ def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
         (["--compare", "joint-output"], r"feedback must be 'direct' with Joint"),
         (["--rule-arg", "delta=1"], r"rule_args: ridge has no argument 'delta', it has gamma, forgetting"),
         (["--rule-arg", "gamma=-1"], r"gamma must be a finite number > 0, got -1.0"),
-        (["--rule-arg", "gamma"], r"argument --rule-arg: invalid .* value: 'gamma'"),
+        (["--rule-arg", "gamma"], r"argument --rule-arg: expected NAME=NUMBER, got 'gamma'"),
         (["--noise-std", "-1"], r"noise_std must be a finite number > 0, got -1.0"),
         (["--lr", "0"], r"lr must be a finite number > 0, got 0.0"),
         (["--epochs", "0"], r"epochs must be an integer in \[1, .*\], got 0"),
         (["--train-images", "5000"], r"train_images must be 1 to 1314, .*, got 5000"),
-        (["--seeds", "0"], r"seeds must be different numbers, at least one, got \(\)"),
+        (["--seeds", "0"], r"argument --seeds: expected a number of seeds, 1 to 1000, or a list of seeds such as 0,3,7, got '0'"),
+        (["--seeds", "3,3"], r"seeds must be different numbers, at least one, got \(3, 3\)"),
         (["--device", "abacus"], r"device 'abacus' cannot be used"),
+        (["--device", "meta"], r"device 'meta' cannot be used"),
         (["--out", "full"], r"out: full is not an empty folder; name another, or continue the run there with --resume full"),
         (["--resume", "full"], r"full has no checkpoint.pt to resume from"),
         (["--resume", "damaged"], r"damaged/checkpoint.pt is not a checkpoint of fbkernels train"),
@@ -202,9 +207,8 @@ def test_bad_input(
         code = stop.code
     assert code == 2
     errors = capsys.readouterr().err.strip().splitlines()
-    assert re.search(message, errors[-1])
-    assert "Traceback" not in "".join(errors)
-    assert len([line for line in errors if "error" in line]) == 1
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
 

@@ -256,7 +256,9 @@ ACTIVATIONS = {"identity": lambda z: z, "relu": F.relu, "tanh": torch.tanh, "sig
     strided=st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
-def test_linear_is_nn_linear(lead: list[int], sizes: tuple[int, int], bias: bool, activation: str, dtype: torch.dtype, strided: bool) -> None:
+def test_linear_is_nn_linear(
+    lead: list[int], sizes: tuple[int, int], bias: bool, activation: str, dtype: torch.dtype, strided: bool
+) -> None:
     ours, plain = fb.Linear(*sizes, bias, activation=activation, dtype=dtype), nn.Linear(*sizes, bias, dtype=dtype)
     assert not ours.load_state_dict(plain.state_dict()).missing_keys
     plain.load_state_dict(ours.state_dict())

@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, the value and what was expected, before anything is written (DESIGN, "What bad input gets")."""
+"""Bad input: an error that names the argument, the value and what was expected, before anything is written (see DESIGN)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ def untouched(*nets: nn.Module) -> Iterator[None]:
 
 # the arguments of convert
 
-NUMBER, POSITIVE, INTEGER = "a finite number >", "must be a finite number > 0", "an integer in"
 CONVERT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"noise_std": -0.1}, ValueError, "noise_std must be a finite number > 0, got -0.1"),
     ({"noise_std": 0}, ValueError, "noise_std must be a finite number > 0, got 0"),
@@ -66,7 +65,11 @@ CONVERT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rule": fb.WeightTransport()}, ValueError, r"feedback must be 'layerwise' with WeightTransport\(\), got 'direct'"),
     ({"rule": fb.WeightMirror()}, ValueError, r"feedback must be 'layerwise' with WeightMirror\(lr=0.1\), got 'direct'"),
     ({"rule": fb.KolenPollack()}, ValueError, r"feedback must be 'layerwise' with KolenPollack\(decay=0.0\), got 'direct'"),
-    ({"rule": fb.Joint(signal="output"), "feedback": "layerwise"}, ValueError, r"feedback must be 'direct' with Joint\(lr=0.2, signal='output'\)"),
+    (
+        {"rule": fb.Joint(signal="output"), "feedback": "layerwise"},
+        ValueError,
+        r"feedback must be 'direct' with Joint\(lr=0.2, signal='output'\)",
+    ),
     ({"seed": -1}, ValueError, "seed must be an integer in .*, got -1"),
     ({"seed": 2**64}, ValueError, "seed must be an integer in .*, got 18446744073709551616"),
     ({"seed": 1.5}, TypeError, "seed must be an integer in .*, got 1.5"),
@@ -100,7 +103,9 @@ def test_arguments_of_convert(options: dict[str, Any], error: Any, message: str)
     assert len(list(model.modules())) == 7
 
 
-@given(value=st.one_of(st.floats(max_value=0), st.just(NAN), st.just(INF), st.text(max_size=3), st.none(), st.booleans(), st.complex_numbers()))
+@given(
+    value=st.one_of(st.floats(max_value=0), st.just(NAN), st.just(INF), st.text(max_size=3), st.none(), st.booleans(), st.complex_numbers())
+)
 @settings(max_examples=60, deadline=None)
 def test_sigma_is_a_finite_positive_number(value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=re.escape(f"noise_std must be a finite number > 0, got {value!r}")):
@@ -113,7 +118,7 @@ def test_a_backend_asked_for_by_name_is_there_or_the_error_says_how_to_get_it() 
         if name == "reference":
             assert state == "available"
         elif name in ("triton", "cuda") and not torch.cuda.is_available():
-            with untouched(model), pytest.raises(RuntimeError, match=f"backend '{name}' is not"):
+            with untouched(model), pytest.raises(RuntimeError, match=f"backend '{name}' is "):
                 fb.convert(model, backend=name)
     if not fb.build_info()["cuda"]:
         with pytest.raises(RuntimeError, match="FBK_CUDA=1 pip install"):
@@ -125,13 +130,16 @@ def test_a_model_that_is_none_and_one_that_is_converted() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
         fb.convert(test_a_model_that_is_none_and_one_that_is_converted)
     net = trained()
-    with untouched(net), pytest.raises(ValueError, match="converted already: use fbkernels.revert"):
+    with untouched(net), pytest.raises(ValueError, match=r"converted already: use fbkernels.revert"):
         fb.convert(net)
+    outer = nn.Sequential(net, nn.Linear(5, 5))
     with untouched(net), pytest.raises(ValueError, match="converted already"):
-        fb.convert(nn.Sequential(net, nn.Linear(5, 5)))
+        fb.convert(outer)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(4, 5), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU())], ids=str)
+@pytest.mark.parametrize(
+    "model", [nn.Linear(4, 5), nn.Sequential(nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU())], ids=str
+)
 def test_no_hidden_layer(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="model has no hidden Linear or convolution layer to put a feedback point after: its layers are"):
         fb.convert(model)
@@ -221,7 +229,10 @@ def test_a_criterion_that_cannot_be_called(criterion: Any) -> None:
 def test_a_criterion_without_per_sample_losses(criterion: Any) -> None:
     net = trained()
     out = net(X)
-    with untouched(net), pytest.raises(ValueError, match=r"criterion must give one loss per sample, got shape \(.*\) for 6 samples: pass a module"):
+    with (
+        untouched(net),
+        pytest.raises(ValueError, match=r"criterion must give one loss per sample, got shape \(.*\) for 6 samples: pass a module"),
+    ):
         fb.PerturbedLoss(criterion, net)(out, Y)
 
 
@@ -266,16 +277,16 @@ def test_wrong_targets_write_nothing(target: str) -> None:
 def test_other_logits() -> None:
     net, other = trained(), trained()
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-    message = r"must be called once with the output of the network's last training forward: criterion\(net\(x\), y\)"
+    message = "must be called once,? with the output of the network's last training forward"
     first, second = net(X), net(X)
     foreign = other(X)
-    for logits in (first, second + 0, second.detach(), foreign, torch.randn(6, 5), None):
+    for logits in (first, second + 0, second.detach(), foreign, torch.zeros(6, 5), None):
         with untouched(net, other), pytest.raises((ValueError, TypeError), match=message):
             criterion(logits, Y)
-    loss = criterion(second, Y)
+    criterion(second, Y).backward()
+    net.zero_grad()
     with untouched(net), pytest.raises(ValueError, match=message):
         criterion(second, Y)
-    loss.backward()
     net.eval()
     out = net(X)
     net.train()
@@ -299,7 +310,7 @@ class Twice(nn.Module):
 @pytest.mark.parametrize("options", [{}, {"points": ["a", "b"]}], ids=str)
 def test_a_layer_used_twice(options: dict[str, Any]) -> None:
     net = fb.convert(Twice(), **options)
-    with untouched(net), pytest.raises(ValueError, match="layer 'b' is used twice in one forward.*use two layers"):
+    with untouched(net), pytest.raises(ValueError, match=r"layer 'b' is used twice in one forward.*use two layers"):
         net(X)
     net.eval()(X)
 
@@ -337,13 +348,17 @@ class HeadFirst(nn.Module):
         return self.last(self.head(torch.tanh(self.body(x))))
 
 
-@pytest.mark.parametrize("last", [lambda z: z, lambda z: F.log_softmax(z, -1), lambda z: z.flatten(1), lambda z: 2 * z], ids=["", "log_softmax", "flatten", "2 z"])
+@pytest.mark.parametrize(
+    "last",
+    [lambda z: z, lambda z: F.log_softmax(z, -1), lambda z: z.flatten(1), lambda z: 2 * z],
+    ids=["", "log_softmax", "flatten", "2 z"],
+)
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_the_output_is_never_perturbed(feedback: str, last: Callable[[Tensor], Tensor]) -> None:
     net = fb.convert(HeadFirst(last), feedback=feedback)
-    with untouched(net), pytest.raises(ValueError, match="'head'.*output"):
+    with untouched(net), pytest.raises(ValueError, match="'head'.*output" if feedback == "direct" else "'head'"):
         net(X)
-    net = fb.convert(HeadFirst(last), feedback=feedback, points=["body"])
+    net = fb.convert(HeadFirst(last), points=["body"])
     fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()
     assert net.head.weight.grad is not None
 
@@ -357,7 +372,12 @@ def test_inputs_and_outputs_that_are_no_batch() -> None:
         def forward(self, x: Any) -> Any:
             return self.result(self.b(self.a(x)))
 
-    for result, name in ((lambda z: (z, z), "tuple"), (lambda z: {"out": z}, "dict"), (lambda z: torch.zeros(6, 5), "Tensor"), (lambda z: None, "NoneType")):
+    for result, name in (
+        (lambda z: (z, z), "tuple"),
+        (lambda z: {"out": z}, "dict"),
+        (lambda z: torch.zeros(6, 5), "Tensor"),
+        (lambda z: None, "NoneType"),
+    ):
         with pytest.raises(TypeError, match=f"forward must return one tensor computed from its input, got {name}"):
             fb.convert(Wrong(result))(X)
     for bad in (torch.tensor(1.0), 3, None):
@@ -366,7 +386,7 @@ def test_inputs_and_outputs_that_are_no_batch() -> None:
 
 
 INPUTS: dict[str, Callable[[], Tensor]] = {
-    "features": lambda: torch.randn(6, 3),
+    "features": lambda: X[:, :3],
     "dtype": lambda: X.double(),
     "integers": lambda: torch.ones(6, 4, dtype=torch.int64),
     "device": lambda: X.to("meta"),
@@ -414,23 +434,48 @@ def test_random_layers_that_cannot_be_shared(name: str) -> None:
         net(X)
 
 
-def test_a_custom_function_is_named() -> None:
-    class Straight(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
-            return z.sign()
+class Straight(torch.autograd.Function):
+    """sign with the derivative of the identity."""
 
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
-            return g
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:  # type: ignore[override]
+        return z.sign()
 
-    class Net(Twice):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(torch.tanh(self.b(Straight.apply(self.a(x)))))
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return g
 
-    net = fb.convert(Net())
-    with untouched(net), pytest.raises(TypeError, match=r"a custom autograd.Function"):
-        net(X)
+
+class Binary(nn.Module):
+    def __init__(self, **places: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.out, self.point, self.places = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 5), fb.FeedbackPoint(), places
+
+    def forward(self, x: Tensor) -> Tensor:
+        sign = lambda name, z: Straight.apply(z) if name in self.places else z  # noqa: E731
+        h = sign("hidden", self.a(sign("input", x)))
+        h = self.point(Straight.apply(h) * 1 if "scaled" in self.places else h)
+        return sign("output", self.out(sign("after", h)))
+
+
+@pytest.mark.parametrize("place", ["input", "hidden", "scaled", "after", "output"])
+def test_a_custom_function_has_its_gradient_or_is_refused(place: str) -> None:
+    """torch shows a custom autograd.Function to nobody, so the second stream may be lost in it, but never without a word."""
+    model = Binary(**{place: True})
+    net = fb.convert(model, rule=fb.Fixed())
+    try:
+        fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()
+    except (TypeError, ValueError) as error:
+        assert "custom autograd.Function" in str(error)  # noqa: PT017
+        return
+    x = X.sign() if place == "input" else X
+    z = model.a(x).detach()
+    h = z.sign() if place in ("hidden", "scaled", "after") else z
+    r = model.out(h).detach()
+    e = ((r.sign() if place == "output" else r).softmax(1) - F.one_hot(Y, 5)) / 6
+    B = fb.points(net)["point"].B
+    torch.testing.assert_close(model.out.weight.grad, e.T @ h, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.a.weight.grad, (e @ B.T).T @ x, rtol=0, atol=1e-6)
 
 
 # B
@@ -461,6 +506,17 @@ def test_a_new_B_keeps_the_networks_dtype() -> None:
     fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()
 
 
+def test_an_assigned_B_stays_what_was_assigned() -> None:
+    """A pending update belongs to the B of before, and the caller's tensor stays the caller's."""
+    net = trained()
+    point, mine = fb.points(net)["0"], torch.ones(7, 5)
+    point.B = mine  # trained() leaves an update pending
+    assert torch.equal(point.B, torch.ones(7, 5))
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
+    assert not torch.equal(point.B, torch.ones(7, 5))
+    assert torch.equal(mine, torch.ones(7, 5))
+
+
 def test_B_of_a_point_without_a_network() -> None:
     point = fb.FeedbackPoint()
     assert point.B is None
@@ -469,7 +525,13 @@ def test_B_of_a_point_without_a_network() -> None:
         point.B = torch.zeros(4, 5)
 
 
+def trained_wide() -> nn.Module:
+    net = fb.convert(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 5)))
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
+    return net
+
+
 def test_statistics_of_another_network_are_refused_before_anything_is_written() -> None:
-    net, other = trained(), fb.convert(nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 5)))
+    net, other = trained(), trained_wide()
     with untouched(net), pytest.raises((ValueError, RuntimeError)):
         net.load_state_dict(other.state_dict())

@@ -112,7 +112,11 @@ def test_value_and_backprop_of_any_criterion(name: str, reduction: str) -> None:
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], Tensor]] = {
     "function": (F.cross_entropy, F.cross_entropy, Y),
     "function mse": (F.mse_loss, F.mse_loss, SOFT),
-    "partial": (functools.partial(F.cross_entropy, weight=W, ignore_index=1), functools.partial(F.cross_entropy, weight=W, ignore_index=1), Y),
+    "partial": (
+        functools.partial(F.cross_entropy, weight=W, ignore_index=1),
+        functools.partial(F.cross_entropy, weight=W, ignore_index=1),
+        Y,
+    ),
     "partial sum": (functools.partial(F.cross_entropy, reduction="sum"), functools.partial(F.cross_entropy, reduction="sum"), Y),
     "per-sample lambda": (lambda o, t: (o - t).square().sum(1) / 2, lambda o, t: (o - t).square().sum(1) / 2, SOFT),
     "captured class weights": (
@@ -180,7 +184,14 @@ def test_eval_gives_the_criterions_own_value() -> None:
 
 def test_the_value_does_not_depend_on_the_rule_or_the_noise() -> None:
     expected = F.cross_entropy(mlp()(X), Y)
-    for options in ({"noise_std": 3.0}, {"rule": fb.Fixed()}, {"feedback": "layerwise"}, {"antithetic": True}, {"fraction": 0.2}, {"warmup": 3}):
+    for options in (
+        {"noise_std": 3.0},
+        {"rule": fb.Fixed()},
+        {"feedback": "layerwise"},
+        {"antithetic": True},
+        {"fraction": 0.2},
+        {"warmup": 3},
+    ):
         net = fb.convert(mlp(), **options)
         torch.testing.assert_close(fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y), expected, rtol=8 * 2.0**-23, atol=0)
 
@@ -206,7 +217,7 @@ def trained(make: Any = mlp, feedback: str = "direct", rule: fb.Rule | None = No
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_backward_uses_B(feedback: str) -> None:
-    """Not W: with B = 0 the hidden layers get exactly zero; four times the top B is four times the gradient of its layer (a power of two)."""
+    """Not W: with B = 0 the hidden layers get exactly zero; four times the top B (a power of two) is four times its layer's gradient."""
     grads = {}
     for factor in (0.0, 1.0, 4.0):
         net = trained(feedback=feedback)
@@ -242,7 +253,9 @@ def test_gradients_by_hand(feedback: str) -> None:
 
 
 @pytest.mark.parametrize("make", [mlp, cnn])
-@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Ridge()), ("direct", fb.Joint()), ("layerwise", fb.LMS(0.1)), ("layerwise", fb.Joint())], ids=str)
+@pytest.mark.parametrize(
+    ("feedback", "rule"), [("direct", fb.Ridge()), ("direct", fb.Joint()), ("layerwise", fb.LMS(0.1)), ("layerwise", fb.Joint())], ids=str
+)
 def test_loss_scaling(feedback: str, rule: fb.Rule, make: Any) -> None:
     """A power of two scales W's gradients exactly, and B never sees it."""
     nets = [trained(make, feedback, copy.deepcopy(rule)) for _ in range(2)]
@@ -329,17 +342,17 @@ def test_autocast(feedback: str, make: Any) -> None:
     """Gradients and B under bf16 autocast are as far from float32's as torch's own bf16 gradients are."""
     x, y = data(make, n=32)[0]
 
-    def error(run: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> tuple[float, list[Tensor]]:
+    def error(run: Callable[[nn.Module], Any], build: Callable[[], nn.Module]) -> float:
         exact, rounded = build(), build()
         run(exact)
         with torch.autocast("cpu", torch.bfloat16):
             run(rounded)
         pairs = list(zip(gradients(exact), gradients(rounded), strict=True))
         assert all(b.dtype == torch.float32 for _, b in pairs)
-        return max(float((a - b).norm() / a.norm()) for a, b in pairs if a.norm() > 1e-6), gradients(rounded)
+        return max(float((a - b).norm() / a.norm()) for a, b in pairs if a.norm() > 1e-6)
 
-    torchs, _ = error(lambda m: F.cross_entropy(m(x), y).backward(), make)
-    ours, grads = error(lambda m: step(m, x, y), lambda: trained(make, feedback))
+    torchs = error(lambda m: F.cross_entropy(m(x), y).backward(), make)
+    ours = error(lambda m: step(m, x, y), lambda: trained(make, feedback))
     assert 0 < torchs < 0.1
     # B is not W: its gradients are smaller and their relative error is larger; 2^-8 is bf16's rounding, 30 of them no more than chance
     assert 0 < ours < max(4 * torchs, 30 * 2.0**-8)
@@ -399,7 +412,7 @@ def test_function_transforms_are_refused(transform: str, feedback: str, compiled
         return TRANSFORMS[transform](f, params)
 
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="inside a torch.func transform"):
+    with pytest.raises(RuntimeError, match=r"inside a torch\.func transform"):
         torch.compile(run, backend="eager")() if compiled else run()
     same(state(net), before)
     assert torch.equal(torch.get_rng_state(), random)
@@ -410,18 +423,17 @@ def test_forward_mode_is_refused(feedback: str) -> None:
     import torch.autograd.forward_ad as fwd
 
     net = trained(feedback=feedback)
-    with fwd.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp|transform"):
+    with fwd.dual_level():
         x = fwd.make_dual(X, torch.ones_like(X))
-        loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), Y)
-        assert fwd.unpack_dual(loss).tangent is None, "a tangent through W"
-        raise RuntimeError("the forward-mode derivative is lost, not wrong")
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"forward|jvp|transform"):
+            fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), Y)
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_double_backward_is_refused(feedback: str) -> None:
     net = trained(feedback=feedback)
     loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
-    with pytest.raises(RuntimeError, match="twice|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"twice|once_differentiable"):
         sum(g.square().sum() for g in torch.autograd.grad(loss, list(net.parameters()), create_graph=True)).backward()
 
 
@@ -533,7 +545,9 @@ def test_one_warning_in_all() -> None:
 # compiled
 
 
-def run_steps(net: nn.Module, criterion: Callable[..., Tensor], call: Callable[..., Tensor], batches: list[Any]) -> list[tuple[Tensor, list[Tensor]]]:
+def run_steps(
+    net: nn.Module, criterion: Callable[..., Tensor], call: Callable[..., Tensor], batches: list[Any]
+) -> list[tuple[Tensor, list[Tensor]]]:
     optimizer, seen = torch.optim.SGD(net.parameters(), 0.1), []
     for x, y in batches:
         optimizer.zero_grad()

@@ -110,7 +110,7 @@ def test_layerwise_numbers() -> None:
     for name, learned, true, B, W, r in (("0", delta @ B1.T, g1, B1, W1, delta), ("2", e @ B2.T, g2, B2, W2, e)):
         row = rows[name]
         assert row["angle"] == pytest.approx(angle(learned, true), abs=1e-9)
-        assert row["norm_ratio"] == pytest.approx(float(learned.norm() / true.norm()), rel=1e-9)
+        assert row["norm_ratio"] == pytest.approx(float((learned.norm() / true.norm()).detach()), rel=1e-9)
         assert row["weight_angle"] == pytest.approx(angle(B, W), abs=1e-9)
         assert row["relative_error"] == pytest.approx(float((W - B).norm() / W.norm()), rel=1e-9)
         assert row["projected_error"] == pytest.approx(float(((W - B) @ r.T).norm() / (W @ r.T).norm()), rel=1e-9)
@@ -218,5 +218,5 @@ def test_the_criterion_may_be_the_perturbed_loss() -> None:
 
 @pytest.mark.parametrize("metric", [fb.metrics.alignment, fb.metrics.authors_folded_angle])
 def test_a_plain_network_is_refused(metric: Any) -> None:
-    with pytest.raises(TypeError, match="net must be a network converted by fbkernels.convert, got Sequential"):
+    with pytest.raises(TypeError, match=r"net must be a network converted by fbkernels.convert, got Sequential"):
         metric(mlp(), CE, torch.randn(2, 4), torch.tensor([0, 1]))

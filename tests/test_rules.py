@@ -26,7 +26,6 @@ Batch = tuple[Tensor, Tensor]
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 
@@ -39,12 +38,8 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> None:
     assert error <= tolerance * max(a.abs().max().item(), b.abs().max().item()), error
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=F64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 def measurement(regressor: Tensor, w: Tensor) -> fb.Measurement:
@@ -263,6 +258,13 @@ def xi_of(net: nn.Module, name: str, step: int, rows: int) -> Tensor:
     return xi
 
 
+def xi_of_rows(net: nn.Module, name: str, h: Tensor) -> Tensor:
+    """The first step's noise in the layout of h, also before it."""
+    f = net.feedback
+    u = reference.noise(f.seed, 0, fb.points(net)[name].index, len(h), h[0].numel(), f.noise_std, f.noise, F64)
+    return reference.layout(u, h.shape)
+
+
 class ByHand:
     """Both streams of a 6-5-4-3 sigmoid net, written out."""
 
@@ -370,6 +372,24 @@ def test_one_step_by_hand(structure: str, rule: fb.Rule) -> None:
         assert not torch.equal(points[name].B, B[i])
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_joint_closes_lr_of_the_gap(groups: int) -> None:
+    # One sample, one position, and |xi|^2 = sigma^2 n exactly: what B predicts of the same loss change afterwards is lr of it
+    conv = nn.Conv2d(4, 8, 1, groups=groups)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), conv, nn.Flatten(), nn.Linear(8, 3)).double()
+    net = fb.convert(model, feedback="layerwise", rule=fb.Joint(0.25), noise="rademacher", noise_std=1e-3, include="0")
+    x, y = normal(1, 2, 1, 1), normal(1, 3, seed=1)
+    h = model[0](x).detach()
+    xi = xi_of_rows(net, "0", h)
+    e = model[3](model[2](conv(h))) - y
+    dL = sse(model[3](model[2](conv(h + xi))), y) - sse(e, torch.zeros_like(e))
+    one_step(net, x, y)
+    delta = (e @ model[3].weight).detach().view(1, 8, 1, 1)
+    predicted = (xi * nn.functional.conv_transpose2d(delta, fb.points(net)["0"].B, groups=groups)).sum()
+    # dL: two losses in float64 whose difference is 1e-3 of them
+    torch.testing.assert_close(predicted, 0.25 * dL.detach().squeeze(), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("structure", ["direct", "layerwise"])
 @pytest.mark.parametrize("options", [{}, {"fraction": 0.5, "antithetic": True}], ids=str)
 def test_node_perturbation_uses_the_target_itself(structure: str, options: dict[str, Any]) -> None:
@@ -416,7 +436,7 @@ def test_the_matching_rule_keeps_its_distance(optimizer: str) -> None:
 def test_kolen_pollack_shrinks_its_distance_by_the_decay(make: Callable[[], nn.Sequential], momentum: float) -> None:
     decay, lr = 0.1, 0.05
     net = fb.convert(make(), feedback="layerwise", rule=fb.KolenPollack(decay=decay))
-    x, y = data(net)
+    x, _ = data(net)
     net(x)
     before = difference(net, "0").clone()
     weights = [net[i].weight for i in (2, 4) if hasattr(net[i], "weight")]
@@ -530,7 +550,9 @@ def test_weight_transport_is_backprop(name: str, dtype: torch.dtype) -> None:
         d = torch.float64 if kind == "exact" else dtype
         out = m(x.to(d))
         criterion(out, y.to(d)).sum().backward()
-        results[kind] = {n: p.grad.double() for n, p in m.named_parameters()} | {n: b.double() for n, b in m.named_buffers() if "running" in n}
+        results[kind] = {n: p.grad.double() for n, p in m.named_parameters()} | {
+            n: b.double() for n, b in m.named_buffers() if "running" in n
+        }
     if dtype == torch.float32 and "dropout" in name:
         results["exact"] = results["plain"]  # float64 masks are other masks
     eps = torch.finfo(dtype).eps
@@ -650,6 +672,22 @@ def test_b_and_w_move_when_they_should(rule: fb.Rule, structure: str, options: d
         B = new.clone()
     assert int(net.feedback.step) == 5
     assert int(net.feedback.skipped) == 0
+
+
+@pytest.mark.parametrize(("rule", "structure"), CASES, ids=[f"{r!r}-{s}" for r, s in CASES])
+def test_the_scale_of_the_loss_does_not_reach_b(rule: fb.Rule, structure: str) -> None:
+    # regressors are per sample, not divided by N or by a loss scale (SPEC 3)
+    learned = []
+    for weight in (1.0, 1 / 8, 2.0**16):
+        torch.manual_seed(0)
+        net = fb.convert(mlp(), feedback=structure, rule=rule, noise_std=0.01)
+        for step in range(4):
+            x, y = data(net, seed=step)
+            (weight * fb.PerturbedLoss(sse, net)(net(x), y).sum()).backward()
+        learned.append([p.B for p in fb.points(net).values()])
+    for other in learned[1:]:
+        for a, b in zip(learned[0], other, strict=True):  # powers of two: the same bits
+            assert a is None if isinstance(rule, fb.NodePerturbation) else torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("rule", "structure"), CASES, ids=[f"{r!r}-{s}" for r, s in CASES])

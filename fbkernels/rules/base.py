@@ -28,6 +28,8 @@ class Measurement:
     loss_change: Tensor  # [N] dL
     output_change: Tensor  # [N, K] y~ - y
     points: tuple[str, ...]  # the points that ran
+    errors: dict[str, Tensor]  # layerwise, by point: error of the layer that reads it, filled by the backward pass, with the loss's scale
+    changes: dict[str, tuple[Tensor, Tensor]]  # layerwise, by point: p - h at that layer's input, and what it did to its pre-activation
     ok: Tensor  # [N] bool: the samples whose losses are finite; the others are zero above
     scale: Tensor | None = None  # [N] dloss/dL_n, known after the backward pass: 1/N of a mean, an AMP loss scale
     prediction: Tensor | float = 0.0  # joint rules: sum_l Xi_l B_l [N, K] in direct, predicted dL [N] in layerwise
@@ -45,9 +47,9 @@ class Measurement:
 
     @property
     def power(self) -> Tensor:
-        """|r_n|^2 of each sample, summed over its positions and groups, at every position: [S]."""
+        """|r_n|^2 of each sample, summed over its positions and averaged over groups, at every position: [S]."""
         square = self.regressor.square().sum(-1)
-        square = square.sum(0) if square.ndim > 1 else square
+        square = square.mean(0) if square.ndim > 1 else square
         return self.per_position(square.view(self.rows, -1).sum(1))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fbkernels._check import in_interval
-from fbkernels.rules.base import Measurement, Rule, random_start
+from fbkernels.rules.base import Rule, random_start
 
 if TYPE_CHECKING:
     from fbkernels.points import FeedbackPoint
@@ -33,8 +34,8 @@ class KolenPollack(Rule):
 
     structures = ("layerwise",)
     statistics = ("before",)
+    adapts = False  # by no measurement
     perturbs = False
-    regresses = False
 
     def __init__(self, decay: float = 0.0) -> None:
         self.decay = in_interval("decay", decay, 0, 1, open_high=True)
@@ -43,15 +44,12 @@ class KolenPollack(Rule):
         return random_start(normal, layerwise)
 
     def feedback(self, point: FeedbackPoint) -> Tensor | None:
-        if point.weight is not None and "before" not in point._buffers:
-            point._buffers["before"] = point.weight.detach().clone()
+        if point.weight is not None:
+            W = point.weight.detach()
+            before = point._buffers.setdefault("before", W.clone())
+            if not torch.equal(W, before):
+                B = point._buffers["B"]
+                change = W - (1 - self.decay) * before
+                point._buffers["B"] = (1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)
+                point._buffers["before"] = W.clone()
         return super().feedback(point)
-
-    def learn(self, point: FeedbackPoint, m: Measurement) -> None:
-        assert point.weight is not None
-        B, before = point._buffers["B"], point._buffers["before"]
-        now = point.weight.detach().to(before.dtype)
-        keep = 1 - self.decay * (now != before).any()
-        change = now - keep * before
-        B.mul_(keep).add_(change if B.ndim > 2 else change.T)
-        before.copy_(now)
