@@ -163,16 +163,17 @@ class FeedbackPoint(LazyBuffers):
     def flush(self) -> None:
         """Apply the pending update of B (SPEC 5). The result is a new tensor: a backward pass that is still to come has saved the old."""
         m, self.pending = self.pending, None
-        if m is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if m is not None:
                 self.net.rule.learn(self, m)
+            self.net.rule.feedback(self)  # which catches up with W where B follows it
 
     def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None) -> None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
         B = self._buffers["B"]
         matrix = B if self.connection is None else self.connection.matrix(B)
         new = reference.feedback_update(matrix, self.regressand(m, matrix.dtype, target), M, G)
-        self._buffers["B"] = new if self.connection is None else self.connection.unmatrix(new, B.shape)
+        self._buffers["B"] = (new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous()
 
     def regressand(self, m: Measurement, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""

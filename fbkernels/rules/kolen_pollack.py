@@ -50,6 +50,6 @@ class KolenPollack(Rule):
             if not torch.equal(W, before):
                 B = point._buffers["B"]
                 change = W - (1 - self.decay) * before
-                point._buffers["B"] = (1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)
+                point._buffers["B"] = ((1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)).contiguous()
                 point._buffers["before"] = W.clone()
         return super().feedback(point)

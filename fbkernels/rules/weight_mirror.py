@@ -49,4 +49,4 @@ class WeightMirror(Rule):
         power = dh.square().sum() * (samples * inputs / dh.numel() * c.groups if c.convolution else 1)
         eta = self.lr / (power / inputs + power / samples)
         step = torch.where(torch.isfinite(eta) & torch.isfinite(gradient).all(), eta, 0.0) * torch.nan_to_num(gradient)
-        point._buffers["B"] = B + (step if c.convolution else step.T)
+        point._buffers["B"] = (B + (step if c.convolution else step.T)).contiguous()
