@@ -24,6 +24,7 @@ class Deliver(torch.autograd.Function):
         losses: Tensor,
         e: Tensor,
         feedback: tuple[Tensor, ...],
+        channels_first: tuple[bool, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
         anchor: Tensor | None,
@@ -31,23 +32,24 @@ class Deliver(torch.autograd.Function):
         *activities: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(e, *feedback)
-        ctx.given, ctx.record = given, record
+        ctx.given, ctx.record, ctx.channels_first = given, record, channels_first
         ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
         return losses.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, c: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
+            raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
         e, *feedback = ctx.saved_tensors
         if ctx.record is not None:
             ctx.record(c)
         (shape, dtype), *like = ctx.like
         ce = c.to(e.dtype)[:, None] * e
         grads = [ce.view(shape).to(dtype)]
-        for F, (shape, dtype) in zip(feedback, like, strict=True):
-            g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape)
+        for F, first, (shape, dtype) in zip(feedback, ctx.channels_first, like, strict=True):
+            g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape, first)
             grads.append(g.to(dtype))
-        return None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, *grads
 
 
 class Transport(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops
-from fbkernels._check import in_interval, integer, one_of, positive
+from fbkernels._check import boolean, in_interval, integer, one_of, positive
 from fbkernels.feedback import Feedback
 from fbkernels.loss import unwrap
 from fbkernels.points import FeedbackPoint
@@ -82,7 +82,7 @@ def convert(
         seed=integer("seed", seed, 0),
         every=integer("every", every, 1),
         fraction=float(in_interval("fraction", fraction, 0, 1, open_low=True)),
-        antithetic=bool(antithetic),
+        antithetic=boolean("antithetic", antithetic),
         warmup=integer("warmup", warmup, 0),
         backend=backend,
     )
@@ -99,8 +99,11 @@ def convert(
                 raise ValueError(f"module {name!r} has an attribute 'feedback', the name fbkernels needs: rename it")
             point = module.feedback = FeedbackPoint()
             point.converted = True
-            if not isinstance(module, nn.Sequential):  # which runs the point itself, as its last child
+            point.train(module.training)
+            if type(module).forward is not nn.Sequential.forward:  # which runs the point itself, as its last child
                 module.register_forward_hook(point.attach if kind == "layer" else point.follow)
+        if isinstance(module, (nn.Linear, _ConvNd)):
+            point.convolution = isinstance(module, _ConvNd)
         point.name, point.index, point._net = name, len(owner.points), (owner,)
         owner.points[name] = point
     # a child of the first point and not of the network, which may be a Sequential that runs its children
@@ -130,15 +133,17 @@ def _places(
     attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     layers = [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not (attention and n.startswith(attention))]
     found = own or dict.fromkeys(layers[:-1], "layer")
-    found = {n: k for n, k in found.items() if _matches(n, include, True) and not _matches(n, exclude, False)}
+    found = {n: k for n, k in found.items() if _matches("include", n, include, True) and not _matches("exclude", n, exclude, False)}
     if not found:
         raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
     return found
 
 
-def _matches(name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
+def _matches(argument: str, name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
     if patterns is None:
         return default
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{argument} must be a name pattern or several, got {patterns!r}")
     return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
 
 

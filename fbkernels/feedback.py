@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels.autograd import Transport
 from fbkernels.points import FeedbackPoint, LazyBuffers
@@ -75,7 +76,7 @@ class Feedback(LazyBuffers):
             )
         if self.layerwise:
             self.flush()
-        batch = next((x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim), None)
+        batch = next((x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
         if batch is None:
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
         self.inputs = (args, kwargs)
@@ -86,8 +87,7 @@ class Feedback(LazyBuffers):
         self.perturbed_rows = math.ceil(self.fraction * batch)
         for point in self.points.values():
             point._weight = ()
-        wrap = lambda x: streams(self, x, None) if isinstance(x, Tensor) else x  # noqa: E731
-        return tuple(wrap(x) for x in args), {k: wrap(v) for k, v in kwargs.items()}
+        return tree_map_only(Tensor, lambda x: streams(self, x, None), (args, kwargs))
 
     def end(self, root: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the network: keeps the perturbed logits, hands out the clean ones."""
@@ -95,11 +95,12 @@ class Feedback(LazyBuffers):
             return None
         if not isinstance(output, Streams):
             raise TypeError(f"the network's forward must return one tensor computed from its input, got {type(output).__name__}")
-        if output.pending is not None or (output.source is not None and not output.source[1]):
-            name = (output.pending or output.source[0]).name  # type: ignore[index]
+        output.check()
+        if output.pending is not None or (self.activities and not output.read):
+            name = output.pending.name if output.pending is not None else next(reversed(self.activities))
             raise ValueError(
-                f"layer {name!r} is the network's output, which is never perturbed: pass exclude=[{name!r}] to convert, "
-                "or name the hidden layers with points=[...]"
+                f"layer {name!r} is the network's output, which is never perturbed: pass points=[...] to convert, with the names of "
+                "the hidden layers in running order"
             )
         if not self.activities:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
@@ -113,10 +114,7 @@ class Feedback(LazyBuffers):
         return output.clean
 
     def visit(self, point: FeedbackPoint, s: Streams) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
-            hidden = s.requires_grad and not s.clean.requires_grad
-        if hidden:
-            raise TypeError(f"a custom autograd.Function before point {point.name!r} hides the second stream: use torch functions there")
+        s.check()
         if point.name in self.activities:
             raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
         last = next(reversed(self.activities), None)
@@ -165,7 +163,7 @@ class Feedback(LazyBuffers):
                 perturbed = connection.forward(px, weight, bias)
                 if self.rule.mirrors:
                     self.changes[point.name] = (px - self.rows(x.detach()), perturbed - self.rows(clean.detach()))
-        return streams(self, clean, perturbed)
+        return streams(self, clean, perturbed, read=True)
 
     # learning B
 
@@ -186,6 +184,8 @@ class Feedback(LazyBuffers):
         self.skipped.add_((~ok).sum())
         zero = torch.zeros((), dtype=e.dtype, device=e.device)
         dL, e, dy = torch.where(ok, dL, zero), torch.where(ok[:, None], e[:n], zero), torch.where(ok[:, None], dy, zero)
+        if isinstance(self.prediction, Tensor):
+            self.prediction = self.prediction * ok[:, None]
         return Measurement(
             step=self.step.clone(),
             rows=n,

@@ -32,6 +32,8 @@ class PerSample:
     """
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        if not callable(criterion):
+            raise TypeError(f"criterion must be a loss module or function, got {criterion!r}")
         self.criterion = criterion
         self.reduction = "none"
         self.exact: Callable[..., Tensor] = criterion
@@ -46,12 +48,13 @@ class PerSample:
             keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
             if "reduction" in inspect.signature(criterion).parameters:
                 self.reduction = keywords.get("reduction", inspect.signature(criterion).parameters["reduction"].default)
-                self.exact = functools.partial(criterion, reduction="none")
+                keywords = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
+                self.exact = functools.partial(criterion, **{**keywords, "reduction": "none"})
 
     def __call__(self, logits: Tensor, target: Any) -> Tensor:
         """[N] losses, such that their mean, or sum, is the criterion's value."""
         target = target.to(logits.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
-        losses = self.exact(logits, target)
+        losses = self._losses(logits, target)
         if losses.ndim == 0 or len(losses) != len(logits):
             raise ValueError(
                 f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
@@ -64,6 +67,15 @@ class PerSample:
         per = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
         return per * (len(per) / self._count(logits, target, losses)) if self.reduction == "mean" else per
 
+    def _losses(self, logits: Tensor, target: Any) -> Tensor:
+        if isinstance(self.criterion, nn.Module):
+            return self.exact(logits, target)
+        try:
+            return self.exact(logits, target)
+        except RuntimeError:  # a function that captured float32 tensors, class weights say, takes no float64
+            single = target.float() if isinstance(target, Tensor) and target.is_floating_point() else target
+            return self.exact(logits.float(), single).to(logits.dtype)
+
     def _count(self, logits: Tensor, target: Tensor, losses: Tensor) -> Any:
         # what reduction="mean" divides by: class weights and ignored targets count
         weight, ignored = getattr(self.exact, "weight", None), getattr(self.exact, "ignore_index", None)
@@ -72,9 +84,11 @@ class PerSample:
         if target.is_floating_point() or ignored is None:
             return losses.numel()
         valid = target != ignored
-        return valid.sum() if weight is None else weight.to(logits.dtype)[torch.where(valid, target, 0)].mul(valid).sum()
+        return valid.sum().to(logits.dtype) if weight is None else weight.to(logits.dtype)[torch.where(valid, target, 0)].mul(valid).sum()
 
     def reduce(self, losses: Tensor) -> Tensor:
+        if self.reduction == "batchmean":
+            return losses.mean()
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
 
@@ -172,5 +186,6 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
     else:
         feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
         activities = tuple(net.activities.values())
-    out: Tensor = Deliver.apply(losses, e, feedback, net.rule.private, record, anchor, logits, *activities)
+    channels_first = tuple(point.channels_first for point in points) if activities else ()
+    out: Tensor = Deliver.apply(losses, e, feedback, channels_first, net.rule.private, record, anchor, logits, *activities)
     return out

@@ -60,6 +60,7 @@ class FeedbackPoint(LazyBuffers):
         self.converted = False  # put there by convert, and taken away by revert
         self._net: tuple[Feedback, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
         self.shape: torch.Size | None = None  # of the activity, without the batch
+        self.convolution: bool | None = None  # whether a convolution made it; None: not known, so its dimensions must tell
         self.connection: Connection | None = None  # layerwise: how the next layer reads this point
         self._weight: tuple[Tensor, ...] = ()  # layerwise: the next layer's weight; a tuple, as above
         self.carry: tuple[Callable[[Tensor], Tensor], ...] = ()  # layerwise: rearrangements between the point and the next layer
@@ -74,6 +75,12 @@ class FeedbackPoint(LazyBuffers):
         return self._weight[0] if self._weight else None
 
     @property
+    def channels_first(self) -> bool:
+        """Where the activity has its channels, which decides the order of the units."""
+        dimensions = 0 if self.shape is None else len(self.shape)
+        return dimensions > 1 and self.convolution if self.convolution is not None else dimensions > 2
+
+    @property
     def units(self) -> int:
         """n_l, the number of noisy units."""
         return math.prod(self.shape) if self.shape is not None else 0
@@ -86,15 +93,28 @@ class FeedbackPoint(LazyBuffers):
         self.net.flush()
         return self.net.rule.feedback(self)
 
-    @B.setter
-    def B(self, value: Tensor) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "B":  # nn.Module would write the buffer past every check
+            self._assign(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _assign(self, value: Any) -> None:
         if not self._net:
             raise ValueError(f"B of point {self.name!r} cannot be set: the point is not part of a converted network")
-        self.net.flush()
-        old = self._buffers.get("B")
-        if old is not None and old.shape != value.shape:
+        old = self.B
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"B of point {self.name!r} must be a floating-point tensor, got {got}")
+        if old is None or "B" not in self._buffers:
+            raise ValueError(f"B of point {self.name!r} must have a shape before it can be set: take one training step")
+        if value.shape != old.shape:
             raise ValueError(f"B of point {self.name!r} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
-        self._buffers["B"] = value.detach().clone()
+        if value.device != old.device:
+            raise ValueError(f"B of point {self.name!r} must be on {old.device}, got {value.device}")
+        if not value.isfinite().all():
+            raise ValueError(f"B of point {self.name!r} must be finite, got {int((~value.isfinite()).sum())} entries that are not")
+        self._buffers["B"] = value.detach().to(old.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.perturb(h) if isinstance(h, Streams) and self._net else h
@@ -122,7 +142,7 @@ class FeedbackPoint(LazyBuffers):
         if net.perturbing:
             xi = self.noise(net.step, net.perturbed_rows, h.dtype)
             if net.rule.predicts and not net.layerwise and "B" in self._buffers:
-                net.prediction = net.prediction + reference.units(xi).to(self._buffers["B"].dtype) @ self._buffers["B"]
+                net.prediction = net.prediction + reference.units(xi, self.channels_first).to(self._buffers["B"].dtype) @ self._buffers["B"]
             perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
         return streams(net, h, perturbed, source=(self, ()))
 
@@ -132,7 +152,7 @@ class FeedbackPoint(LazyBuffers):
         net = self.net
         exact = dtype if dtype == torch.float64 else torch.float32
         xi = ops.noise(step, net.seed, self.index, rows, self.units, net.noise_std, net.noise, dtype=exact, backend=net.backend)
-        return reference.layout(xi, (rows, *self.shape)).to(dtype)
+        return reference.layout(xi, (rows, *self.shape), self.channels_first).to(dtype)
 
     def create(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """B at its first use, as the rule starts it."""
@@ -179,7 +199,7 @@ class FeedbackPoint(LazyBuffers):
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""
         xi = self.noise(m.step, m.rows, dtype) if target is None else target.to(dtype)
         if self.connection is None:
-            return reference.units(xi)
+            return reference.units(xi, self.channels_first)
         for rearrange in self.carry:
             xi = rearrange(xi)
         return self.connection.samples(xi)

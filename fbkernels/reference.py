@@ -72,14 +72,14 @@ def noise(
     return (std * pairs).flatten(1)[:, :units].to(dtype)
 
 
-def units(h: Tensor) -> Tensor:
+def units(h: Tensor, channels_first: bool) -> Tensor:
     """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6)."""
-    return (h.movedim(1, -1) if h.ndim > 3 else h).flatten(1)
+    return (h.movedim(1, -1) if channels_first else h).flatten(1)
 
 
-def layout(u: Tensor, shape: tuple[int, ...]) -> Tensor:
+def layout(u: Tensor, shape: tuple[int, ...], channels_first: bool) -> Tensor:
     """The inverse of ``units``: samples x units in the shape of an activity, batch first."""
-    return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) > 3 else u.view(shape)
+    return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_first else u.view(shape)
 
 
 def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | None, G: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,11 @@ _ACTIVATIONS = {
     "selu", "celu", "prelu", "threshold", "softsign", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "clamp",
 }
 _POOLS = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max", "lp") for d in (1, 2, 3)}
+# The dimensions of their tensors are those of the activity, the batch first.
+_ELEMENTWISE = {
+    "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rtruediv", "itruediv", "cat", "concat",
+    "where", "maximum", "minimum", "lerp",
+}
 _GROUP = _NORMS | _ACTIVATIONS | _POOLS
 # Linear maps that carry a point's noise unchanged to the layer that reads it.
 _REARRANGEMENTS = {
@@ -54,6 +60,13 @@ class Streams(Tensor):
     pending: FeedbackPoint | None
     source: tuple[FeedbackPoint, tuple[Callable[[Tensor], Tensor], ...]] | None
     realised: Streams | None
+    read: bool  # something with a tensor of its own, a weight, has read the activity since the last point
+
+    def check(self) -> None:
+        """torch shows a custom autograd.Function to nobody: its output is a Streams whose clean tensor has lost its gradient."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad and not self.clean.requires_grad:
+                raise ValueError("a custom autograd.Function hides the second stream and loses its own gradient: use torch functions")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -66,11 +79,14 @@ def _name(func: Any) -> str:
     return str(func.__name__)
 
 
-def streams(net: Feedback, clean: Tensor, perturbed: Tensor | None, pending: FeedbackPoint | None = None, source: Any = None) -> Streams:
+def streams(
+    net: Feedback, clean: Tensor, perturbed: Tensor | None, pending: FeedbackPoint | None = None, source: Any = None, read: bool = False
+) -> Streams:
     """Pair a clean and a perturbed tensor (None: the same numbers)."""
     with torch.no_grad():
         pair = clean.as_subclass(Streams)
     pair.clean, pair.perturbed, pair.net, pair.pending, pair.source, pair.realised = clean, perturbed, net, pending, source, None
+    pair.read = read
     return pair
 
 
@@ -87,7 +103,10 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         args, kwargs = _map(_realise, args), _map(_realise, kwargs)
     every = _all((args, kwargs))
     first, net = every[0], every[0].net
-    if name in _UNSHARED:
+    for s in every:
+        s.check()
+    read = any(s.read for s in every) or _holds_tensor((args, kwargs))
+    if name in _UNSHARED or _attention_dropout(name, args, kwargs):
         raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or take it out of the model")
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
@@ -106,7 +125,9 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return clean
     perturbed = None
     if differ:
-        args, kwargs = _map(twin, args), _map(twin, kwargs)
+        n = len(first.clean) if first.clean.ndim else 0
+        rows = partial(_aligned, first) if name.strip("_") in _ELEMENTWISE and net.perturbed_rows * (1 + net.antithetic) != n else None
+        args, kwargs = _map(twin, args, rows), _map(twin, kwargs, rows)
         with torch.no_grad():
             perturbed = func(*_fit(name, args, first.clean.shape[0]), **kwargs)
     source = None
@@ -114,11 +135,31 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         rest, n = args[1:], first.clean.shape[0]
         source = (first.source[0], (*first.source[1], lambda t: func(*_fit(name, (t, *rest), n), **kwargs)))
     if isinstance(clean, Tensor):
-        return streams(net, clean, perturbed, first.pending if grouped else None, source)
+        return streams(net, clean, perturbed, first.pending if grouped else None, source, read)
     if isinstance(clean, (tuple, list)):
         twins = perturbed if perturbed is not None else [None] * len(clean)
-        return tuple([streams(net, c, p) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
+        return type(clean)([streams(net, c, p, read=read) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
     return clean
+
+
+def _attention_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if name == "scaled_dot_product_attention":
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0) > 0)
+    return bool(name == "multi_head_attention_forward" and kwargs.get("training", True) and args[10] > 0)
+
+
+def _holds_tensor(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        return any(_holds_tensor(x) for x in tree)
+    return isinstance(tree, Tensor) and not isinstance(tree, Streams)
+
+
+def _aligned(first: Streams, x: Any) -> Any:
+    # a tensor made for each sample of the clean batch, such as an expanded class token
+    clean = first.clean
+    return first.net.rows(x) if isinstance(x, Tensor) and x.ndim == clean.ndim and 1 < len(x) == len(clean) else x
 
 
 def _map(f: Callable[[Streams], Any], tree: Any, leaf: Callable[[Any], Any] | None = None) -> Any:
@@ -171,7 +212,7 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
         rows = s.net.rows(mask)
         perturbed = None if s.perturbed is None else s.perturbed * rows
     source = s.source and (s.source[0], (*s.source[1], lambda t: t * rows[: len(t)]))
-    return streams(s.net, s.clean * mask, perturbed, None, source)
+    return streams(s.net, s.clean * mask, perturbed, None, source, s.read)
 
 
 def _batch_norm(
@@ -194,4 +235,4 @@ def _batch_norm(
                 x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
                 var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
             perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, eps)
-    return streams(s.net, clean, perturbed, s.pending)
+    return streams(s.net, clean, perturbed, s.pending, read=True)
