@@ -24,7 +24,7 @@ class Deliver(torch.autograd.Function):
         losses: Tensor,
         e: Tensor,
         feedback: tuple[Tensor, ...],
-        channels_first: tuple[bool, ...],
+        channels_first: tuple[bool | None, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
         anchor: Tensor | None,

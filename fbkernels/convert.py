@@ -103,7 +103,7 @@ def convert(
             if type(module).forward is not nn.Sequential.forward:  # which runs the point itself, as its last child
                 module.register_forward_hook(point.attach if kind == "layer" else point.follow)
         if isinstance(module, (nn.Linear, _ConvNd)):
-            point.convolution = isinstance(module, _ConvNd)
+            point.channels_first = isinstance(module, _ConvNd)
         point.name, point.index, point._net = name, len(owner.points), (owner,)
         owner.points[name] = point
     # a child of the first point and not of the network, which may be a Sequential that runs its children

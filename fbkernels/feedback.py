@@ -59,7 +59,7 @@ class Feedback(LazyBuffers):
         self.inputs: tuple[Any, ...] = ()
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
-        self.perturbing = self.warming = self.transports = False
+        self.perturbing = self.learning = self.warming = self.transports = False
         self.perturbed_rows = 0
 
     # the forward of the network
@@ -81,8 +81,9 @@ class Feedback(LazyBuffers):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
         self.inputs = (args, kwargs)
         self.transports = self.layerwise and self.probe != "exact"
-        wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and not self.probe
-        self.perturbing = wanted and torch.is_grad_enabled() and (self.every == 1 or self.steps % self.every == 0)
+        self.learning = not self.probe and (self.every == 1 or self.steps % self.every == 0)
+        wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and self.learning
+        self.perturbing = wanted and torch.is_grad_enabled()
         self.warming = not self.probe and self.steps < self.warmup
         self.perturbed_rows = math.ceil(self.fraction * batch)
         for point in self.points.values():
@@ -149,7 +150,7 @@ class Feedback(LazyBuffers):
         connection, padding = Connection.of(name, weight, input.clean, *args, **kwargs)
         if any(padding):
             pad = lambda t: torch.nn.functional.pad(t, padding)  # noqa: E731
-            x, carry = pad(input.clean), (*carry, pad)
+            x, carry = pad(input.clean), (*carry, ("pad", pad))
         else:
             x = input.clean
         B = point.claim(weight, connection, carry)
@@ -226,7 +227,7 @@ class Feedback(LazyBuffers):
 
     def _measure_layers(self, step: Measurement) -> None:
         # each layer regresses its own lam on the errors of the layer above, known once the backward pass has run
-        assert step.scale is not None
+        assert step.scale is not None and step.ok is not None
         layers = [(self.points[name], delta) for name, delta in step.errors.items()]
         if not self.rule.regresses:
             for point, _ in layers:
@@ -240,7 +241,7 @@ class Feedback(LazyBuffers):
             column = (-1, *[1] * (delta.ndim - 1))
             c = step.scale[: step.rows].to(dtype).view(column)
             ok = step.ok.view(column) & (c != 0) & torch.isfinite(delta).flatten(1).all(1).view(column)
-            r = point.connection.regressors(torch.where(ok, delta / c, torch.zeros_like(delta)))
+            r = point.regressors(torch.where(ok, delta / c, torch.zeros_like(delta)))
             measured.append((point, point.connection, step.at(r)))
         if self.rule.predicts:
             predicted = torch.zeros_like(step.loss_change)

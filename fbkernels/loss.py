@@ -134,7 +134,7 @@ class PerturbedLoss(nn.Module):
                 perturbed = self.per_sample(net.perturbed.double(), targets)
             m = net.measure(losses, perturbed, e)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        learns = net.rule.adapts and (perturbed is not None or not net.rule.perturbs)
+        learns = net.rule.adapts and net.learning and (perturbed is not None or not net.rule.perturbs)
         out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor, learns)
         net.activities, net.logits = {}, None
         with torch.no_grad():

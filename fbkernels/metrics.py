@@ -148,7 +148,7 @@ def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | No
     assert point.weight is not None and point.connection is not None
     W = point.weight.detach()
     W = W if point.connection.convolution else W.T
-    return point.connection.matrix(B), point.connection.matrix(W), point.connection.regressors(owner.errors[name])
+    return point.connection.matrix(B), point.connection.matrix(W), point.regressors(owner.errors[name])
 
 
 def _angle(a: Tensor | None, b: Tensor | None) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fbkernels import ops, reference
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement
-from fbkernels.streams import Streams, streams, twin
+from fbkernels.streams import Carry, Streams, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -60,10 +60,10 @@ class FeedbackPoint(LazyBuffers):
         self.converted = False  # put there by convert, and taken away by revert
         self._net: tuple[Feedback, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
         self.shape: torch.Size | None = None  # of the activity, without the batch
-        self.convolution: bool | None = None  # whether a convolution made it; None: not known, so its dimensions must tell
+        self.channels_first: bool | None = None  # whether a convolution made it; None: not known
         self.connection: Connection | None = None  # layerwise: how the next layer reads this point
         self._weight: tuple[Tensor, ...] = ()  # layerwise: the next layer's weight; a tuple, as above
-        self.carry: tuple[Callable[[Tensor], Tensor], ...] = ()  # layerwise: rearrangements between the point and the next layer
+        self.carry: Carry = ()  # layerwise: rearrangements between the point and the next layer
         self.pending: Measurement | None = None
 
     @property
@@ -73,12 +73,6 @@ class FeedbackPoint(LazyBuffers):
     @property
     def weight(self) -> Tensor | None:
         return self._weight[0] if self._weight else None
-
-    @property
-    def channels_first(self) -> bool:
-        """Where the activity has its channels, which decides the order of the units."""
-        dimensions = 0 if self.shape is None else len(self.shape)
-        return dimensions > 1 and self.convolution if self.convolution is not None else dimensions > 2
 
     @property
     def units(self) -> int:
@@ -166,7 +160,7 @@ class FeedbackPoint(LazyBuffers):
             raise ValueError(f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}: is this another network's?")
         return B
 
-    def claim(self, weight: Tensor, connection: Connection, carry: tuple[Callable[[Tensor], Tensor], ...]) -> Tensor:
+    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
         """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight."""
         if self.weight is not None:
             raise ValueError(
@@ -200,9 +194,25 @@ class FeedbackPoint(LazyBuffers):
         xi = self.noise(m.step, m.rows, dtype) if target is None else target.to(dtype)
         if self.connection is None:
             return reference.units(xi, self.channels_first)
-        for rearrange in self.carry:
-            xi = rearrange(xi)
+        for name, rearrange in self.carry:
+            xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
         return self.connection.samples(xi)
+
+    def regressors(self, delta: Tensor) -> Tensor:
+        """R at the point's own positions: padding before a convolution sends the error of its copies back to where they came from."""
+        assert self.connection is not None and self.shape is not None
+        if not self.connection.convolution:
+            return self.connection.samples(delta)
+        patches = self.connection.patches(delta)
+        pads = [pad for name, pad in self.carry if name == "pad"]
+        if pads:
+            with torch.enable_grad():
+                x = patches.new_zeros(*patches.shape[:2], *self.shape[1:], requires_grad=True)
+                y = x
+                for pad in pads:
+                    y = pad(y)
+                (patches,) = torch.autograd.grad(y, x, patches)
+        return self.connection.samples(patches)
 
     def names(self) -> tuple[str, ...]:
         if not self._net:

@@ -64,7 +64,7 @@ def noise(
     if kind == "rademacher":
         words = _counters(seed, step, point, samples, -(-units // 128), device, offset)
         bits = words[:, :, None, :] >> torch.arange(32, device=device)[:, None] & 1  # [samples, counters, bit, word]
-        return (std * (1 - 2 * bits.flatten(1)[:, :units])).to(dtype)
+        return ((1 - 2 * bits.flatten(1)[:, :units]).double() * std).to(dtype)
     words = _counters(seed, step, point, samples, -(-units // 4), device, offset).unflatten(2, (2, 2)) >> 8
     radius = (-2 * ((words[..., 0] + 1) * 2.0**-24).double().log()).sqrt()
     angle = words[..., 1].double() * (2 * math.pi * 2.0**-24)
@@ -72,14 +72,19 @@ def noise(
     return (std * pairs).flatten(1)[:, :units].to(dtype)
 
 
-def units(h: Tensor, channels_first: bool) -> Tensor:
-    """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6)."""
-    return (h.movedim(1, -1) if channels_first else h).flatten(1)
+def units(h: Tensor, channels_first: bool | None = None) -> Tensor:
+    """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6).
+
+    ``channels_first``: a convolution made it; None: not known, so four and more dimensions say so.
+    """
+    return (h.movedim(1, -1) if channels_first or (channels_first is None and h.ndim > 3) else h).flatten(1)
 
 
-def layout(u: Tensor, shape: tuple[int, ...], channels_first: bool) -> Tensor:
+def layout(u: Tensor, shape: tuple[int, ...], channels_first: bool | None = None) -> Tensor:
     """The inverse of ``units``: samples x units in the shape of an activity, batch first."""
-    return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if channels_first else u.view(shape)
+    if channels_first or (channels_first is None and len(shape) > 3):
+        return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return u.view(shape)
 
 
 def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | None, G: Tensor) -> Tensor:
@@ -166,23 +171,20 @@ class Connection:
         gradient: Tensor = grads[which]
         return gradient
 
-    def regressors(self, delta: Tensor) -> Tensor:
-        """[samples, outputs]; for a convolution the patches of delta around each input position, [groups, samples, outputs * kernel]."""
-        if not self.convolution:
-            return delta.flatten(0, -2)
+    def patches(self, delta: Tensor) -> Tensor:
+        """The patch of delta around each input position of a convolution, [n, outputs * kernel positions, height, width]."""
         n, outputs = delta.shape[:2]
-        k = self.kernel[0] * self.kernel[1]
+        k = math.prod(self.kernel)
         one_hot = torch.eye(k, dtype=delta.dtype, device=delta.device).view(1, k, *self.kernel).repeat(outputs, 1, 1, 1)
         x = delta.new_empty(n, outputs * k, *self.size)
         spread = Connection(True, outputs * k, self.kernel, self.size, self.stride, self.padding, self.dilation, outputs)
-        patches = spread._backward(delta, x, one_hot, 0)  # [n, outputs * k, height, width]
-        return patches.reshape(n, self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+        return spread._backward(delta, x, one_hot, 0)
 
     def samples(self, x: Tensor) -> Tensor:
-        """What the layer reads, as the regression's rows: [samples, channels] or [groups, samples, channels / groups]."""
+        """What the layer reads, or its regressors, as rows: [samples, channels], of a convolution [groups, samples, channels / groups]."""
         if not self.convolution:
             return x.flatten(0, -2)
-        return x.reshape(len(x), self.groups, -1, math.prod(self.size)).permute(1, 0, 3, 2).flatten(1, 2)
+        return x.reshape(len(x), self.groups, x.shape[1] // self.groups, -1).permute(1, 0, 3, 2).flatten(1, 2)
 
     def matrix(self, B: Tensor) -> Tensor:
         if not self.convolution:

@@ -44,6 +44,9 @@ _VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties w
 # fmt: on
 
 
+Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements by name
+
+
 class Streams(Tensor):
     """The clean activity, as a tensor, with its perturbed twin beside it.
 
@@ -58,7 +61,7 @@ class Streams(Tensor):
     perturbed: Tensor | None
     net: Feedback
     pending: FeedbackPoint | None
-    source: tuple[FeedbackPoint, tuple[Callable[[Tensor], Tensor], ...]] | None
+    source: tuple[FeedbackPoint, Carry] | None
     realised: Streams | None
     read: bool  # something with a tensor of its own, a weight, has read the activity since the last point
 
@@ -133,7 +136,7 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     source = None
     if net.transports and first.source is not None and name in _REARRANGEMENTS:
         rest, n = args[1:], first.clean.shape[0]
-        source = (first.source[0], (*first.source[1], lambda t: func(*_fit(name, (t, *rest), n), **kwargs)))
+        source = (first.source[0], (*first.source[1], (name, lambda t: func(*_fit(name, (t, *rest), n), **kwargs))))
     if isinstance(clean, Tensor):
         return streams(net, clean, perturbed, first.pending if grouped else None, source, read)
     if isinstance(clean, (tuple, list)):
@@ -211,8 +214,8 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
         rows = s.net.rows(mask)
         perturbed = None if s.perturbed is None else s.perturbed * rows
-    source = s.source and (s.source[0], (*s.source[1], lambda t: t * rows[: len(t)]))
-    return streams(s.net, s.clean * mask, perturbed, None, source, s.read)
+    # the source stays: w xi is without the mask an unbiased target of the gradient behind it, averaged over masks; with it, 1/(1-p) of that
+    return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
 
 
 def _batch_norm(

@@ -214,7 +214,7 @@ def test_regressors_times_b_is_the_input_gradient(options: dict[str, Any], chann
     gradient, kernel_gradient = torch.autograd.grad(z, (x, B), delta)
     connection, by_hand = Connection.of("conv2d", B.detach(), x.detach(), **geometry)
     assert not any(by_hand)
-    R, matrix = connection.regressors(delta), connection.matrix(B.detach())
+    R, matrix = connection.samples(connection.patches(delta)), connection.matrix(B.detach())
     terms = B[0].numel() * outputs
     close(R @ matrix.mT, connection.samples(gradient), 4 * terms * EPS)
     close(connection.input_gradient(delta, B.detach(), x.detach()), gradient, 4 * terms * EPS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,10 +27,12 @@ class Measurement:
     w: Tensor  # [S] dL / sigma^2
     loss_change: Tensor  # [N] dL
     output_change: Tensor  # [N, K] y~ - y
-    points: tuple[str, ...]  # the points that ran
-    errors: dict[str, Tensor]  # layerwise, by point: error of the layer that reads it, filled by the backward pass, with the loss's scale
-    changes: dict[str, tuple[Tensor, Tensor]]  # layerwise, by point: p - h at that layer's input, and what it did to its pre-activation
-    ok: Tensor  # [N] bool: the samples whose losses are finite; the others are zero above
+    points: tuple[str, ...] = ()  # the points that ran
+    ok: Tensor | None = None  # [N] bool: the samples whose losses are finite; the others are zero above
+    # layerwise, by point: error of the layer that reads it, filled by the backward pass, with the loss's scale
+    errors: dict[str, Tensor] = field(default_factory=dict)
+    # layerwise, by point: p - h at that layer's input, and what it did to its pre-activation
+    changes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scale: Tensor | None = None  # [N] dloss/dL_n, known after the backward pass: 1/N of a mean, an AMP loss scale
     prediction: Tensor | float = 0.0  # joint rules: sum_l Xi_l B_l [N, K] in direct, predicted dL [N] in layerwise
     gains: tuple[Gain, Tensor] | None = None

@@ -41,7 +41,7 @@ class Joint(Rule):
         if isinstance(prediction, Tensor) and prediction.ndim == 2:
             prediction = (prediction * m.regressor).sum(1)
         s = m.per_position(m.loss_change - prediction)
-        return None, (scale * s / (m.power + 1e-12))[:, None] * m.regressor
+        return None, (scale * s / m.power.clamp_min(1e-30))[:, None] * m.regressor
 
     def __repr__(self) -> str:
         return f"Joint(lr={self.lr}, signal={self.signal!r})"

@@ -31,7 +31,7 @@ class NormalizedLMS(Rule):
         keep: Tensor | None = None  # product of the blocks' (I - M)
         gains: list[Tensor] = []
         for R in m.regressor.split(self.block, -2):
-            K = self.lr * R / (R.square().sum(-1, keepdim=True) + 1e-12)
+            K = self.lr * R / R.square().sum(-1, keepdim=True).clamp_min(1e-30)
             lower = torch.tril(R @ K.mT, -1)  # [j, i]: what sample i's step adds to the error of the later sample j
             Q = torch.linalg.solve_triangular(lower.mT, K, upper=True, unitriangular=True)
             step = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device) - R.mT @ Q
