@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+import fbkernels as fb
 from fbkernels import _C, ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -79,3 +83,61 @@ def test_mixed_devices_are_refused() -> None:
         _C.noise(torch.empty(3, 5, device="cuda"), torch.tensor(1), 1, 2, 0.1, "gaussian")
     with pytest.raises(RuntimeError, match="backend 'cpp' cannot take tensors on cuda"):
         ops.noise(torch.tensor(1, device="cuda"), 1, 2, 3, 5, 0.1, "gaussian", backend="cpp")
+
+
+RULES = [
+    ("direct", fb.Ridge()),
+    ("direct", fb.LMS(1e-3)),
+    ("direct", fb.Joint(signal="output")),
+    ("direct", fb.NodePerturbation()),
+    ("layerwise", fb.Ridge(forgetting=0.99)),
+    ("layerwise", fb.Joint()),
+    ("layerwise", fb.WeightMirror()),
+    ("layerwise", fb.KolenPollack(1e-3)),
+    ("layerwise", fb.WeightTransport()),
+]
+
+
+@pytest.mark.parametrize(("feedback", "rule"), RULES, ids=str)
+def test_training_is_that_of_the_cpu(feedback: str, rule: fb.Rule) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 9),
+        nn.Tanh(),
+        nn.Linear(9, 5),
+    ).double()
+    x, y = torch.randn(3, 16, 2, 8, 8).double(), torch.randint(5, (3, 16))
+    states = []
+    for device in ("cpu", "cuda"):
+        net = fb.convert(copy.deepcopy(model).to(device), feedback=feedback, rule=rule)
+        criterion, optimizer = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.optim.SGD(net.parameters(), 0.1)
+        for i in range(3):
+            loss = criterion(net(x[i].to(device)), y[i].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        states.append(net.state_dict())
+    for key, value in states[0].items():
+        # float64 throughout: rounding alone, amplified by the ridge's condition number, trace / gamma < 1e4 after 48 samples
+        torch.testing.assert_close(states[1][key].cpu(), value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_bf16_autocast_step_runs_in_channels_last() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 6, 10)
+    )
+    net = fb.convert(model.cuda().to(memory_format=torch.channels_last), rule=fb.Joint(signal="output"))
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    x, y = torch.randn(4, 3, 14, 12, device="cuda").to(memory_format=torch.channels_last), torch.randint(10, (4,), device="cuda")
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = criterion(net(x), y)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert all(point.B is not None and point.B.dtype == torch.float32 and point.B.any() for point in fb.points(net).values())
