@@ -129,9 +129,7 @@ def test_training_is_that_of_the_cpu(feedback: str, rule: fb.Rule) -> None:
 
 def test_a_bf16_autocast_step_runs_in_channels_last() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 6, 10)
-    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
     net = fb.convert(model.cuda().to(memory_format=torch.channels_last), rule=fb.Joint(signal="output"))
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     x, y = torch.randn(4, 3, 14, 12, device="cuda").to(memory_format=torch.channels_last), torch.randint(10, (4,), device="cuda")
