@@ -1,0 +1,72 @@
+"""Write bench/results/README.md and bench/figures from the runs in bench/results: ``python bench/report.py``.
+
+A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+HEAD = """# Results
+
+Made by `python bench/report.py` from the raw files beside this page; no number is typed by hand. Mean over seeds, with the standard error
+where there are several. *angle*: degrees between a layer's learned and true gradient at the end of training, from the first hidden layer to
+the last. *time*: of a training epoch, relative to backprop's in the same run. Accuracy is of the last epoch, never of the best.
+"""
+
+
+def command(settings: dict[str, Any]) -> str:
+    words = ["fbkernels train"]
+    for name, value in settings.items():
+        if name == "data_dir" and value is not None:
+            value = "D"
+        if name == "seeds":
+            value = len(value) if value == list(range(len(value))) else ",".join(map(str, value))
+        if isinstance(value, list):
+            value = ",".join(value)
+        if value not in (None, False, {}, 0) and (name, value) not in (("fraction", 1.0), ("every", 1), ("device", "cpu")):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def number(value: dict[str, float | None], digits: int) -> str:
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.{digits}f}" + ("" if value["standard_error"] is None else f" ± {value['standard_error']:.{digits}f}")
+
+
+def table(run: Path) -> str:
+    summary = json.loads((run / "summary.json").read_text())
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = {m: sorted(r["seconds"] for r in rows if r["method"] == m) for m in summary["results"]}
+    median = {m: s[len(s) // 2] for m, s in seconds.items()}
+    last = max(r["epoch"] for r in rows)
+    lines = ["| method | test accuracy % | train loss | angle | time |", "| --- | --- | --- | --- | --- |"]
+    for method, result in summary["results"].items():
+        final = [r for r in rows if r["method"] == method and r["epoch"] == last]
+        angles = [[point["angle"] for point in r["points"].values()] for r in final if r.get("points")]
+        angle = " ".join(f"{sum(layer) / len(layer):.0f}" for layer in zip(*angles, strict=True)) if angles else "0"
+        time = f"{median[method] / median['backprop']:.2f}" if "backprop" in median else "-"
+        accuracy, loss = number(result["test_accuracy"]["final"], 2), number(result["train_loss"]["final"], 3)
+        lines.append(f"| {method} | {accuracy} | {loss} | {angle} | {time} |")
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    hardware = ", ".join(f"{name} {value}" for name, value in summary["hardware"].items() if value is not None)
+    return f"\n## {run.name}\n\n`{command(summary['settings'])}`\n\n{versions}; {hardware}\n\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
+    (RESULTS / "README.md").write_text(HEAD + "".join(map(table, runs)))
+    figures = RESULTS.parent / "figures"
+    figures.mkdir(exist_ok=True)
+    for run in runs:
+        for name in ("accuracy", "angle"):
+            shutil.copy(run / f"{name}.png", figures / f"{run.name}-{name}.png")
+
+
+if __name__ == "__main__":
+    main()
