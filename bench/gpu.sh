@@ -4,7 +4,8 @@
 # It needs the build wheels in .whl/, and tests more with the others. Where there is a network:
 #   pip download --only-binary=:all: --no-deps -d .whl "setuptools>=77" "pybind11>=3" "ninja>=1.11"
 #   pip download --only-binary=:all: --no-deps -d .whl --python-version 3.12 --platform manylinux_2_28_x86_64 --platform \
-#     manylinux_2_17_x86_64 --platform any pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2
+#     manylinux_2_17_x86_64 --platform any pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark \
+#     py-cpuinfo2 pytest-xdist execnet
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?usage: bench/gpu.sh OUTDIR}"
@@ -30,7 +31,7 @@ part machine 10 nvidia-smi
 gpu=$?
 part install 120 $pip install . --no-index --find-links .whl --no-deps --target "$site" || exit 1
 # what is missing of the test tools; the machine's own versions come first
-for package in pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2; do
+for package in pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2 pytest-xdist execnet; do
   $pip show --quiet "$package" >/dev/null 2>&1 || $pip install --quiet --no-index --find-links .whl --no-deps --target "$site" "$package" >/dev/null 2>&1
 done
 part versions 30 python3 -P -c '
@@ -41,7 +42,7 @@ print(fbkernels.backends())'
 if python3 -P -c 'import pytest' 2>/dev/null; then
   [ $gpu -ne 0 ] || part test_gpu 90 python3 -P -m pytest -p no:cacheprovider -rs tests/test_gpu.py
   if python3 -P -c 'import hypothesis' 2>/dev/null; then
-    part tests 150 python3 -P -m pytest -p no:cacheprovider --ignore=tests/test_gpu.py
+    part tests 200 python3 -P -m pytest -n 8 -p no:cacheprovider --ignore=tests/test_gpu.py
   else
     echo "== tests: left out, no hypothesis"
   fi
