@@ -6,9 +6,10 @@ A run is a folder that ``fbkernels train --out`` has written; its settings, vers
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
+
+from fbkernels.plot import curves
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Results
@@ -39,9 +40,13 @@ def number(value: dict[str, float | None], digits: int) -> str:
     return f"{value['mean']:.{digits}f}" + ("" if value["standard_error"] is None else f" ± {value['standard_error']:.{digits}f}")
 
 
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def table(run: Path) -> str:
     summary = json.loads((run / "summary.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = records(run)
     seconds = {m: sorted(r["seconds"] for r in rows if r["method"] == m) for m in summary["results"]}
     median = {m: s[len(s) // 2] for m, s in seconds.items()}
     last = max(r["epoch"] for r in rows)
@@ -61,11 +66,10 @@ def table(run: Path) -> str:
 def main() -> None:
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     (RESULTS / "README.md").write_text(HEAD + "".join(map(table, runs)))
-    figures = RESULTS.parent / "figures"
-    figures.mkdir(exist_ok=True)
     for run in runs:
-        for name in ("accuracy", "angle"):
-            shutil.copy(run / f"{name}.png", figures / f"{run.name}-{name}.png")
+        figures = RESULTS.parent / "figures" / run.name
+        figures.mkdir(parents=True, exist_ok=True)
+        curves(records(run), figures)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,10 @@ def test_sigint_leaves_a_checkpoint_and_resume_finishes(tmp_path: Path) -> None:
     job_of = ["--epochs", "12", "--compare", "", "--threads", "1"]
     out = tmp_path / "parts"
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "fbkernels", "train", *job_of, "--out", str(out)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-m", "fbkernels", "train", *job_of, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     path = out / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and path.stat().st_size):
