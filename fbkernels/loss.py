@@ -16,7 +16,7 @@ from fbkernels.feedback import Feedback
 
 
 def unwrap(net: nn.Module) -> nn.Module:
-    """The converted network inside DistributedDataParallel or torch.compile."""
+    """The converted network inside torch.compile or another wrapper."""
     while not isinstance(getattr(net, "feedback", None), Feedback):
         inner = getattr(net, "_orig_mod", None) or getattr(net, "module", None)
         if not isinstance(inner, nn.Module):
@@ -103,16 +103,19 @@ class PerturbedLoss(nn.Module):
     Args:
         criterion: a loss module or function with per-sample losses: one with a ``reduction`` of "mean", "sum" or "none", or a callable
             ``(output, target) -> [N]``.
-        net: the network from ``fbkernels.convert``, also inside DistributedDataParallel or torch.compile.
+        net: the network from ``fbkernels.convert``, also inside torch.compile.
 
     Raises:
         TypeError: net is not a converted network.
         ValueError: no per-sample losses; logits that are not the output of the network's last forward.
-        RuntimeError: called inside torch.func.grad, vmap or jvp, which would differentiate past the feedback (pytorch #193279).
+        RuntimeError: called inside torch.func.grad, vmap or jvp, which would differentiate past the feedback (pytorch #193279); more than
+            one process of torch.distributed, between which B is not synchronised yet.
     """
 
     def __init__(self, criterion: Callable[..., Tensor], net: nn.Module) -> None:
         super().__init__()
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("learned feedback runs in one process: between several, B and its statistics would drift apart")
         self.criterion = criterion
         self.per_sample = PerSample(criterion)
         self._anchor = torch.zeros((), requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
