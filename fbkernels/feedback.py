@@ -75,6 +75,8 @@ class Feedback(LazyBuffers):
                 "call loss.backward() or torch.autograd.grad"
             )
         if self.layerwise:
+            if torch.compiler.is_compiling():  # Transport's backward keeps the error for B, a side effect that Dynamo does not trace
+                raise RuntimeError("layerwise feedback cannot be compiled yet: compile with feedback='direct', or leave torch.compile out")
             self.flush()
         batch = next((x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
         if batch is None:

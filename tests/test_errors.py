@@ -543,3 +543,11 @@ def test_several_processes_are_refused_while_B_is_not_synchronised(monkeypatch: 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="B and its statistics would drift apart"):
         fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+
+
+def test_layerwise_feedback_says_that_it_cannot_be_compiled() -> None:
+    net = fb.convert(mlp(), feedback="layerwise")
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    step = torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="layerwise feedback cannot be compiled yet"):
+        step(X, Y)
