@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fbkernels._check import positive
-from fbkernels.rules.base import Gain, Measurement, Rule, random_start
+from fbkernels.rules.base import Gain, Measurement
+from fbkernels.rules.lms import LMS
 
 if TYPE_CHECKING:
     from fbkernels.points import FeedbackPoint
 
 
-class SyntheticGradient(Rule):
+class SyntheticGradient(LMS):
     """LMS on the true gradient: ``B <- B + lr (lam - B r) r^T`` summed over the batch, lam = dL/dh_l by backprop (PAPER 4).
 
     What a perfect perturbation would teach; costs a second forward and backward pass, with dropout masks of its own. Exception to the
@@ -29,12 +29,6 @@ class SyntheticGradient(Rule):
 
     perturbs = False
     supervised = True
-
-    def __init__(self, lr: float) -> None:
-        self.lr = positive("lr", lr)
-
-    def start(self, normal: Tensor, layerwise: bool) -> Tensor:
-        return random_start(normal, layerwise)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         Q = self.lr * m.regressor
