@@ -53,7 +53,7 @@ def convert(
         include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, in (0, 1].
-        antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the even-order bias.
+        antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the noise of even orders.
         warmup: in the first ``warmup`` steps only B learns; parameters get no gradient.
         backend: "auto" or a name from ``fbkernels.backends()``.
 

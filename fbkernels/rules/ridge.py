@@ -19,7 +19,7 @@ class Ridge(Rule):
     Args:
         gamma: the ridge, > 0, in units of |r|^2.
         forgetting: beta in (0, 1] per sample. Below 1 the ridge is renewed, ``V >= gamma I``, so that directions which r never excites
-            (cross-entropy errors sum to zero) cannot wind up.
+            (cross-entropy errors sum to zero) cannot wind up; the renewed part is a prior towards the B at the start of the batch.
 
     Statistics: V [m, m] in float64, so that 1e8 samples do not drift; factored anew each step.
 
