@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from fbkernels import ops
 from fbkernels._check import boolean, in_interval, integer, one_of, positive
 from fbkernels.feedback import Feedback
-from fbkernels.loss import unwrap
+from fbkernels.loss import owner_of, unwrap
 from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
 
@@ -174,18 +174,12 @@ def revert(net: nn.Module) -> nn.Module:
 
 def points(net: nn.Module) -> Mapping[str, FeedbackPoint]:
     """The network's feedback points in the order of the forward pass, by name."""
-    return MappingProxyType(_owner(net).points)
+    return MappingProxyType(owner_of(net).points)
 
 
 def flush(net: nn.Module) -> None:
     """Apply the pending update of every B now (SPEC 5). Exact at any time between two training steps."""
-    _owner(net).flush()
-
-
-def _owner(net: nn.Module) -> Feedback:
-    owner = unwrap(net).feedback
-    assert isinstance(owner, Feedback)
-    return owner
+    owner_of(net).flush()
 
 
 @dataclass(frozen=True)
@@ -234,7 +228,7 @@ def summary(net: nn.Module) -> Summary:
     Raises:
         TypeError: net is not a converted network.
     """
-    root, owner = unwrap(net), _owner(net)
+    root, owner = unwrap(net), owner_of(net)
     rows = []
     for name, point in owner.points.items():
         B = point.B

@@ -81,7 +81,7 @@ class Feedback(LazyBuffers):
         batch = next((x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
         if batch is None:
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
-        self.inputs = (args, kwargs)
+        self.inputs = (args, kwargs) if self.rule.supervised else ()  # only a second pass needs the batch after this one
         self.transports = self.layerwise and self.probe != "exact"
         self.learning = not self.probe and (self.every == 1 or self.steps % self.every == 0)
         wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and self.learning

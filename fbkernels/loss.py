@@ -25,6 +25,13 @@ def unwrap(net: nn.Module) -> nn.Module:
     return net
 
 
+def owner_of(net: nn.Module) -> Feedback:
+    """What the points of a converted network share."""
+    owner = unwrap(net).feedback
+    assert isinstance(owner, Feedback)
+    return owner
+
+
 class PerSample:
     """Per-sample losses of a criterion in float64, so that L~ - L of two nearly equal losses keeps its digits (SPEC 2).
 

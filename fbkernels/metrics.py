@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fbkernels import reference
 from fbkernels.feedback import Feedback
-from fbkernels.loss import PerSample, PerturbedLoss, attach, error, unwrap
+from fbkernels.loss import PerSample, PerturbedLoss, attach, error, owner_of, unwrap
 
 
 def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, dict[str, float]]:
@@ -46,7 +46,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
     with _copy(net) as probe:
         true, true_weights, _ = _gradients(probe, per_sample, (x,), {}, y, exact=True)
         learned, weights, e = _gradients(probe, per_sample, (x,), {}, y, exact=False)
-        owner = _owner(probe)
+        owner = owner_of(probe)
         for name in owner.points:
             if name not in true:
                 continue
@@ -70,8 +70,8 @@ def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Te
     with _copy(net) as probe:
         true, _, _ = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=True)
         _, _, e = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=False)
-        for name in _owner(probe).points:
-            B, W, R = _maps(_owner(probe), name, true[name], e)
+        for name in owner_of(probe).points:
+            B, W, R = _maps(owner_of(probe), name, true[name], e)
             theta = math.nan if B is None or W is None or R is None else _angle(B @ R.mT, W @ R.mT)
             result[name] = min(theta, 180 - theta)
     return result
@@ -79,20 +79,14 @@ def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Te
 
 def true_gradients(net: nn.Module, per_sample: PerSample, target: Any) -> dict[str, Tensor]:
     """Backprop's dL/dh_l of the network's last training forward, by point, batch first: the target of supervised rules."""
-    args, kwargs = _owner(net).inputs
+    args, kwargs = owner_of(net).inputs
     with _copy(net) as probe:
         return _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
 
 
-def _owner(net: nn.Module) -> Feedback:
-    owner = unwrap(net).feedback
-    assert isinstance(owner, Feedback)
-    return owner
-
-
 @contextlib.contextmanager
 def _copy(net: nn.Module) -> Iterator[nn.Module]:
-    root, owner = unwrap(net), _owner(net)
+    root, owner = unwrap(net), owner_of(net)
     owner.flush()
     devices = [owner.step.device] if owner.step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(owner.step.device.type, enabled=False):
@@ -106,7 +100,7 @@ def _gradients(
     probe: nn.Module, per_sample: PerSample, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, exact: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """dL/dh_l, dL/d(parameters of layer l) as one vector, and e; of the sum of the per-sample losses."""
-    owner = _owner(probe)
+    owner = owner_of(probe)
     owner.probe = "exact" if exact else "learned"
     double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
     probe.zero_grad()
