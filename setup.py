@@ -17,8 +17,10 @@ from setuptools.command.build_ext import build_ext
 CXX = os.environ.get("CXX", "g++")
 CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Werror"
 NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings"
-# each *_simd.cpp is compiled once for each of these, the rest for baseline x86-64; gcc 12 warns of its own avx512fintrin.h (PR105593)
-SIMD = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma -Wno-maybe-uninitialized"} if platform.machine() in ("x86_64", "AMD64") else {}
+# each *_simd.cpp is compiled once for each of these, the rest for the baseline; gcc 12 warns of its own avx512fintrin.h (PR105593)
+SIMD = {"portable": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    SIMD |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512 -Wno-maybe-uninitialized"}
 
 
 class Nvcc(NamedTuple):

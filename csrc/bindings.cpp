@@ -22,15 +22,23 @@ static void require(bool condition, const std::string& message) {
 }
 
 static std::vector<std::string> simd_paths() {
-  std::vector<std::string> paths = {"scalar"};
+  std::vector<std::string> paths = {"portable"};
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths.push_back("avx2");
-  if (__builtin_cpu_supports("avx512f")) paths.push_back("avx512");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    paths.push_back("avx512");
 #endif
   return paths;
 }
 
 static const std::vector<std::string> usable_simd = simd_paths();
+
+static fbk::Simd simd_named(const std::string& name) {
+  auto found = name.empty() ? usable_simd.end() - 1 : std::find(usable_simd.begin(), usable_simd.end(), name);
+  require(found != usable_simd.end(), "simd must be one of simd_paths(), got '" + name + "'");
+  return fbk::Simd(found - usable_simd.begin());
+}
 
 static void noise(const TensorView& out, const TensorView& step, int64_t seed, int64_t point, double std,
                   const std::string& kind, int64_t offset, int threads, const std::string& simd) {
@@ -45,12 +53,13 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
 
   fbk::NoiseParams p{out.ptr<float>(), step.ptr<int64_t>(), uint64_t(seed), uint32_t(point),
-                     float(std),       out.shape[0],        out.shape[1],   offset};
+                     float(std),       out.shape[0],        out.shape[1],   0};
   auto k = kind == "gaussian" ? NoiseKind::gaussian : NoiseKind::rademacher;
   int64_t rows = std::numeric_limits<int64_t>::max() / std::max<int64_t>(p.per_sample(k), 1);
   require(offset >= 0 && offset <= rows - p.samples, "offset must be in [0, " + std::to_string(rows - p.samples) +
                                                          "] for this shape, got " + std::to_string(offset));
   if (out.numel() == 0) return;
+  p.first = uint64_t(offset) * uint64_t(p.per_sample(k));
   if (out.device.type == fbk::dl_cuda) {
 #ifdef FBK_NVCC
     void* stream = out.stream();
@@ -62,10 +71,9 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
 #endif
   }
   require(out.device.type == fbk::dl_cpu, "out must be on the CPU or on a CUDA device");
-  require(simd.empty() || std::find(usable_simd.begin(), usable_simd.end(), simd) != usable_simd.end(),
-          "simd must be one of simd_paths(), got '" + simd + "'");
+  fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;
-  fbk::noise_cpu(p, k, (simd.empty() ? usable_simd.back() : simd).c_str(), threads);
+  fbk::noise_cpu(p, k, path, threads);
 }
 
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
@@ -90,9 +98,9 @@ static py::dict build_info() {
   info["cuda_off"] = FBK_CUDA_OFF;
 #endif
 #ifdef __x86_64__
-  info["simd_compiled"] = std::vector<std::string>{"scalar", "avx2", "avx512"};
+  info["simd_compiled"] = std::vector<std::string>{"portable", "avx2", "avx512"};
 #else
-  info["simd_compiled"] = std::vector<std::string>{"scalar"};
+  info["simd_compiled"] = std::vector<std::string>{"portable"};
 #endif
   info["simd"] = usable_simd.back();
   return info;

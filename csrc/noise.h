@@ -3,9 +3,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "dispatch.h"
 #include "philox.h"
 
-// SPEC 6. Every rounding is spelled out (explicit fma, no product that feeds a sum), so the scalar, AVX2, AVX-512 and
+// SPEC 6. Every rounding is spelled out (explicit fma, no product that feeds a sum), so the portable, AVX2, AVX-512 and
 // CUDA paths give the same bits.
 namespace fbk {
 
@@ -18,7 +19,7 @@ struct NoiseParams {
   uint32_t point;
   float std;
   int64_t samples, units;
-  int64_t offset;  // index of the first sample in the global batch
+  uint64_t first;  // counter of the first sample's first units
 
   FBK_INLINE int64_t per_sample(NoiseKind kind) const {
     int64_t shared = kind == NoiseKind::gaussian ? 4 : 128;
@@ -89,8 +90,8 @@ FBK_INLINE void store(float* to, const float (&z)[4], int64_t count) {
     if (i < count) to[i] = z[i];
 }
 
-// What one CUDA thread computes; the scalar CPU path loops over the threads. A Rademacher counter serves 128 units: its
-// 8 threads write 16 each, in four 128-byte rows.
+// What one CUDA thread computes; the portable CPU path loops over the threads. A Rademacher counter serves 128 units:
+// its 8 threads write 16 each, in four 128-byte rows.
 template <NoiseKind kind>
 constexpr int threads_per_counter = kind == NoiseKind::gaussian ? 1 : 8;
 
@@ -106,7 +107,7 @@ FBK_INLINE void noise_thread(const NoiseParams& p, int64_t thread) {
     units = p.units;
   }
   float* out = p.out + row * p.units;
-  uint64_t index = uint64_t(counter) + uint64_t(p.offset) * uint64_t(per_sample);
+  uint64_t index = p.first + uint64_t(counter);
   auto [w] = philox(Words<uint32_t>{{low(index), high(index), low(uint64_t(*p.step)), p.point}}, p.seed);
   float z[4];
   if constexpr (kind == NoiseKind::gaussian) {
@@ -124,8 +125,9 @@ FBK_INLINE void noise_thread(const NoiseParams& p, int64_t thread) {
 }
 
 void noise_cuda(const NoiseParams& params, NoiseKind kind, int device, void* stream);
+void noise_cpu(const NoiseParams& params, NoiseKind kind, Simd simd, int threads);
 
-// simd is a name out of simd_paths()
-void noise_cpu(const NoiseParams& params, NoiseKind kind, const char* simd, int threads);
+// the counters [first, last) of the parameters' own
+FBK_SIMD_DECLARE(void noise(const NoiseParams&, NoiseKind, int64_t first, int64_t last))
 
 }  // namespace fbk

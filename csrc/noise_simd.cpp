@@ -2,8 +2,9 @@
 // after the vector types
 #include "noise.h"
 
-// FBK_SIMD is avx2 or avx512.
 namespace fbk::FBK_SIMD {
+
+#ifdef __AVX2__
 
 constexpr int counters = bytes / 8;
 
@@ -31,11 +32,10 @@ struct Cursor {
   }
 };
 
-void gaussian(const NoiseParams& p, int64_t first, int64_t last) {
-  int64_t per_sample = p.per_sample(NoiseKind::gaussian);
-  Cursor<4> to(p, first, per_sample);
+static void gaussian(const NoiseParams& p, int64_t first, int64_t last) {
+  Cursor<4> to(p, first, p.per_sample(NoiseKind::gaussian));
   for (int64_t i = first; i < last; i += counters) {
-    auto [w] = words_at(p, uint64_t(i) + uint64_t(p.offset) * uint64_t(per_sample));
+    auto [w] = words_at(p, p.first + uint64_t(i));
     // words 0 and 2 of a counter side by side in 32-bit lanes, likewise 1 and 3
     u64v low = u64v{} + 0xffffffffu;
     i32v a = (i32v)((u32v)((w[0] & low) | (w[2] << 32)) >> 8), b = (i32v)((u32v)((w[1] & low) | (w[3] << 32)) >> 8);
@@ -60,15 +60,13 @@ void gaussian(const NoiseParams& p, int64_t first, int64_t last) {
   }
 }
 
-void rademacher(const NoiseParams& p, int64_t first, int64_t last) {
-  constexpr int lanes = bytes / 4;
-  int64_t per_sample = p.per_sample(NoiseKind::rademacher);
-  Cursor<128> to(p, first, per_sample);
+static void rademacher(const NoiseParams& p, int64_t first, int64_t last) {
+  Cursor<128> to(p, first, p.per_sample(NoiseKind::rademacher));
   u32v lane;
   for (int i = 0; i < lanes; ++i) lane[i] = uint32_t(i);
   u32v std = u32v{} + uint32_t(as_int(p.std));
   for (int64_t i = first; i < last; i += counters) {
-    auto [w] = words_at(p, uint64_t(i) + uint64_t(p.offset) * uint64_t(per_sample));
+    auto [w] = words_at(p, p.first + uint64_t(i));
     for (int64_t j = 0; j < counters && i + j < last; ++j) {
       u32v word;
       for (int l = 0; l < lanes; ++l) word[l] = uint32_t(w[l % 4][j]);
@@ -80,5 +78,23 @@ void rademacher(const NoiseParams& p, int64_t first, int64_t last) {
     }
   }
 }
+
+void noise(const NoiseParams& p, NoiseKind kind, int64_t first, int64_t last) {
+  kind == NoiseKind::gaussian ? gaussian(p, first, last) : rademacher(p, first, last);
+}
+
+#else
+
+template <NoiseKind kind>
+static void run(const NoiseParams& p, int64_t first, int64_t last) {
+  for (int64_t t = first * threads_per_counter<kind>; t < last * threads_per_counter<kind>; ++t)
+    noise_thread<kind>(p, t);
+}
+
+void noise(const NoiseParams& p, NoiseKind kind, int64_t first, int64_t last) {
+  kind == NoiseKind::gaussian ? run<NoiseKind::gaussian>(p, first, last) : run<NoiseKind::rademacher>(p, first, last);
+}
+
+#endif
 
 }  // namespace fbk::FBK_SIMD

@@ -2,12 +2,7 @@
 
 #include <cstdint>
 
-// Always inlined: an out-of-line copy out of the AVX-512 object could be the one that the linker keeps for all.
-#ifdef __CUDACC__
-#define FBK_INLINE __host__ __device__ __forceinline__
-#else
-#define FBK_INLINE inline __attribute__((always_inline))
-#endif
+#include "dispatch.h"
 
 namespace fbk {
 

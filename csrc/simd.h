@@ -1,48 +1,151 @@
 #pragma once
 
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
 
 #include <cstdint>
+#include <cstring>
 
-// For *_simd.cpp alone, which setup.py compiles once per instruction set; to be included before what is templated on
-// these types. The types differ between the objects, so the overloads cannot be mixed up by the linker.
+#include "dispatch.h"
+
+// Vector types for *_simd.cpp alone (see dispatch.h); to be included before what is templated on these types. The types
+// differ between the objects, so the overloads cannot be mixed up by the linker.
 namespace fbk {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 constexpr int bytes = 64;
-#else
+#elif defined(__AVX2__)
 constexpr int bytes = 32;
+#else
+constexpr int bytes = 16;
 #endif
+constexpr int lanes = bytes / 4;
 typedef uint64_t u64v __attribute__((vector_size(bytes)));
 typedef uint32_t u32v __attribute__((vector_size(bytes)));
 typedef int32_t i32v __attribute__((vector_size(bytes)));
 typedef float f32v __attribute__((vector_size(bytes)));
+typedef double f64v __attribute__((vector_size(bytes)));
 
+FBK_INLINE f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
+FBK_INLINE i32v as_int(f32v a) { return (i32v)a; }
+FBK_INLINE f32v as_float(i32v a) { return (f32v)a; }
+FBK_INLINE f32v broadcast(float a) { return f32v{} + a; }
+FBK_INLINE f64v broadcast(double a) { return f64v{} + a; }
+FBK_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
+FBK_INLINE f32v min(f32v a, f32v b) { return a < b ? a : b; }
+FBK_INLINE f32v abs(f32v a) { return (f32v)((u32v)a & 0x7fffffffu); }
+
+FBK_INLINE f32v load(const float* from) {
+  f32v v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+FBK_INLINE f64v load(const double* from) {
+  f64v v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+FBK_INLINE void store(float* to, f32v v) { memcpy(to, &v, sizeof v); }
+FBK_INLINE void store(double* to, f64v v) { memcpy(to, &v, sizeof v); }
+
+// The first n < lanes elements; the rest read as zero and are not touched.
+#if defined(__AVX512F__)
+FBK_INLINE f32v load(const float* from, int64_t n) {
+  return (f32v)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from);
+}
+FBK_INLINE void store(float* to, f32v v, int64_t n) { _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)v); }
+#else
+FBK_INLINE f32v load(const float* from, int64_t n) {
+  f32v v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  return v;
+}
+FBK_INLINE void store(float* to, f32v v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+#endif
+
+// bfloat16: the upper half of a float, rounded to nearest even; nan stays nan
+struct bf16 {
+  uint16_t bits;
+};
+FBK_INLINE float to_float(bf16 a) {
+  uint32_t u = uint32_t(a.bits) << 16;
+  float f;
+  memcpy(&f, &u, sizeof f);
+  return f;
+}
+FBK_INLINE bf16 to_bf16(float a) {
+  uint32_t u;
+  memcpy(&u, &a, sizeof u);
+  if (a != a) return {uint16_t(u >> 16 | 0x40)};
+  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+typedef uint16_t u16h __attribute__((vector_size(bytes / 2)));
+FBK_INLINE f32v load(const bf16* from) {
+  u16h v;
+  memcpy(&v, from, sizeof v);
+  return (f32v)(__builtin_convertvector(v, u32v) << 16);
+}
+FBK_INLINE f32v load(const bf16* from, int64_t n) {
+  f32v v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = to_float(from[i]);
+  return v;
+}
+FBK_INLINE void store(bf16* to, f32v a) {
+  u32v u = (u32v)a;
+  u = (a != a) ? (u >> 16 | 0x40) : ((u + 0x7fff + (u >> 16 & 1)) >> 16);
+  u16h v = __builtin_convertvector(u, u16h);
+  memcpy(to, &v, sizeof v);
+}
+FBK_INLINE void store(bf16* to, f32v a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_bf16(a[i]);
+}
+
+// a b + c, in one rounding where the CPU has it
+#if defined(__AVX512F__)
+FBK_INLINE f32v mul_add(f32v a, f32v b, f32v c) { return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+FBK_INLINE f64v mul_add(f64v a, f64v b, f64v c) { return (f64v)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c); }
+FBK_INLINE f32v sqrt(f32v a) { return (f32v)_mm512_sqrt_ps((__m512)a); }
+#elif defined(__AVX2__)
+FBK_INLINE f32v mul_add(f32v a, f32v b, f32v c) { return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+FBK_INLINE f64v mul_add(f64v a, f64v b, f64v c) { return (f64v)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c); }
+FBK_INLINE f32v sqrt(f32v a) { return (f32v)_mm256_sqrt_ps((__m256)a); }
+#else
+FBK_INLINE f32v mul_add(f32v a, f32v b, f32v c) { return a * b + c; }
+FBK_INLINE f64v mul_add(f64v a, f64v b, f64v c) { return a * b + c; }
+FBK_INLINE f32v sqrt(f32v a) {
+  for (int i = 0; i < lanes; ++i) a[i] = __builtin_sqrtf(a[i]);
+  return a;
+}
+#endif
+
+#ifdef __AVX2__
 // Words of Philox stand in the low halves of 64-bit lanes. The high halves hold rubbish: 32-bit products do not read
 // them, so nothing is masked between rounds, and one vpmuludq yields both halves of a product.
-inline u64v high(u64v product) { return product >> 32; }
-inline u64v low(u64v product) { return product; }
-
-inline f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
-inline i32v as_int(f32v a) { return (i32v)a; }
-inline f32v as_float(i32v a) { return (f32v)a; }
-
-#ifdef __AVX512F__
-inline u64v mul32(u64v a, uint32_t b) { return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
-inline f32v fma(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
-inline f32v sqrt(f32v a) { return _mm512_sqrt_ps(a); }
-inline void interleave(f32v a, f32v b, f32v& low, f32v& high) {
+FBK_INLINE u64v high(u64v product) { return product >> 32; }
+FBK_INLINE u64v low(u64v product) { return product; }
+FBK_INLINE f32v fma(f32v a, f32v b, f32v c) { return mul_add(a, b, c); }
+#endif
+#if defined(__AVX512F__)
+FBK_INLINE u64v mul32(u64v a, uint32_t b) { return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
+FBK_INLINE void interleave(f32v a, f32v b, f32v& low, f32v& high) {
   low = __builtin_shuffle(a, b, i32v{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
   high = __builtin_shuffle(a, b, i32v{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 }
-#else
-inline u64v mul32(u64v a, uint32_t b) { return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
-inline f32v fma(f32v a, f32v b, f32v c) { return _mm256_fmadd_ps(a, b, c); }
-inline f32v sqrt(f32v a) { return _mm256_sqrt_ps(a); }
-inline void interleave(f32v a, f32v b, f32v& low, f32v& high) {
+#elif defined(__AVX2__)
+FBK_INLINE u64v mul32(u64v a, uint32_t b) { return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+FBK_INLINE void interleave(f32v a, f32v b, f32v& low, f32v& high) {
   low = __builtin_shuffle(a, b, i32v{0, 8, 1, 9, 2, 10, 3, 11});
   high = __builtin_shuffle(a, b, i32v{4, 12, 5, 13, 6, 14, 7, 15});
 }
 #endif
+
+FBK_INLINE float sum(f32v a) {
+  for (int half = lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] += a[i + half];
+  return a[0];
+}
 
 }  // namespace fbk

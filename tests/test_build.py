@@ -104,7 +104,7 @@ def test_build_info() -> None:
     info = ops.build_info()
     assert info["version"] == importlib.metadata.version("fbkernels")
     assert re.match(r"(gcc|clang) \d+\.\d+", info["compiler"])
-    assert info["simd_compiled"] == (["scalar", "avx2", "avx512"] if platform.machine() == "x86_64" else ["scalar"])
+    assert info["simd_compiled"] == (["portable", "avx2", "avx512"] if platform.machine() == "x86_64" else ["portable"])
     assert info["simd"] == _C.simd_paths()[-1]
     assert set(_C.simd_paths()) <= set(info["simd_compiled"])
     if info["cuda"]:

@@ -18,7 +18,7 @@ KNOWN = [
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 KINDS = ("gaussian", "rademacher")
-# The scalar path is a loop over the threads of the CUDA kernel, in the same code.
+# The portable path is a loop over the threads of the CUDA kernel, in the same code.
 SIMD = _C.simd_paths()
 # Of the Gaussian, in float32: std rounds (1/2 ulp), radius 1.1 and sine 1.7 (found over all 2^24 inputs of each), two products (1/2 each).
 RELATIVE = (0.5 + 1.1 + 1.7 + 0.5 + 0.5) * 2.0**-23
@@ -96,7 +96,7 @@ def test_gaussian_is_the_reference_to_rounding(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("units", [1024, 1027])
 def test_large_noise_is_the_same_for_any_path_and_thread_count(kind: str, units: int) -> None:
-    base = native(3, 5, 7, 301, units, 0.5, kind, simd="scalar")
+    base = native(3, 5, 7, 301, units, 0.5, kind, simd="portable")
     expected = reference.noise(3, 5, 7, 301, units, 0.5, kind, torch.float64)
     torch.testing.assert_close(base.double(), expected, rtol=RELATIVE, atol=1e-15)
     for simd in SIMD:
