@@ -2,12 +2,11 @@
 
 #include <cstdint>
 
+#include "dispatch.h"
 #include "simd.h"
 
 // phi and phi' of SPEC 1 on vectors, for *_simd.cpp. tests/test_pointwise.py measures them against float64.
 namespace fbk {
-
-enum class Activation { identity, relu, tanh, sigmoid, gelu };
 
 template <int N>
 FBK_INLINE f32v polynomial(f32v x, const float (&c)[N]) {

@@ -6,11 +6,13 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "build_config.h"
 #include "noise.h"
+#include "pointwise.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -40,26 +42,50 @@ static fbk::Simd simd_named(const std::string& name) {
   return fbk::Simd(found - usable_simd.begin());
 }
 
+template <class Enum>
+static Enum named(const char* argument, const std::string& name, std::initializer_list<const char*> names) {
+  auto found = std::find(names.begin(), names.end(), name);
+  std::string all;
+  for (auto n : names) all += std::string(all.empty() ? "'" : ", '") + n + "'";
+  require(found != names.end(), std::string(argument) + " must be one of " + all + ", got '" + name + "'");
+  return Enum(found - names.begin());
+}
+
+// The noise of SPEC 6 without its place: what the Python side hands to every kernel that regenerates it.
+struct NoiseKey {
+  const TensorView& step;
+  int64_t seed, point;
+  double std;
+  const std::string& kind;
+  int64_t offset;
+
+  std::pair<fbk::NoiseParams, NoiseKind> params(const TensorView& at, float* out, int64_t samples,
+                                                int64_t units) const {
+    require(step.dtype.code == fbk::dl_int && step.dtype.bits == 64 && step.ndim == 0,
+            "step must be a 0-dim int64 tensor");
+    require(step.device.type == at.device.type && step.device.id == at.device.id,
+            "step must be on the device of the other tensors");
+    require(point >= 0 && point <= UINT32_MAX, "point must be in [0, 2^32), got " + std::to_string(point));
+    require(std::isfinite(float(std)) && std >= 0,
+            "std must be finite in float32 and >= 0, got " + std::to_string(std));
+    auto k = named<NoiseKind>("kind", kind, {"gaussian", "rademacher"});
+    fbk::NoiseParams p{out, step.ptr<int64_t>(), uint64_t(seed), uint32_t(point), float(std), samples, units, 0};
+    int64_t rows = std::numeric_limits<int64_t>::max() / std::max<int64_t>(p.per_sample(k), 1);
+    require(offset >= 0 && offset <= rows - samples, "offset must be in [0, " + std::to_string(rows - samples) +
+                                                         "] for this shape, got " + std::to_string(offset));
+    p.first = uint64_t(offset) * uint64_t(p.per_sample(k));
+    return {p, k};
+  }
+};
+
 static void noise(const TensorView& out, const TensorView& step, int64_t seed, int64_t point, double std,
                   const std::string& kind, int64_t offset, int threads, const std::string& simd) {
   require(out.dtype.code == fbk::dl_float && out.dtype.bits == 32 && out.dtype.lanes == 1, "out must be float32");
   require(out.ndim == 2 && out.contiguous(), "out must be a contiguous tensor [samples, units]");
-  require(step.dtype.code == fbk::dl_int && step.dtype.bits == 64 && step.ndim == 0,
-          "step must be a 0-dim int64 tensor");
-  require(step.device.type == out.device.type && step.device.id == out.device.id, "step must be on the device of out");
-  require(point >= 0 && point <= UINT32_MAX, "point must be in [0, 2^32), got " + std::to_string(point));
-  require(std::isfinite(float(std)) && std >= 0, "std must be finite in float32 and >= 0, got " + std::to_string(std));
-  require(kind == "gaussian" || kind == "rademacher", "kind must be 'gaussian' or 'rademacher', got '" + kind + "'");
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-
-  fbk::NoiseParams p{out.ptr<float>(), step.ptr<int64_t>(), uint64_t(seed), uint32_t(point),
-                     float(std),       out.shape[0],        out.shape[1],   0};
-  auto k = kind == "gaussian" ? NoiseKind::gaussian : NoiseKind::rademacher;
-  int64_t rows = std::numeric_limits<int64_t>::max() / std::max<int64_t>(p.per_sample(k), 1);
-  require(offset >= 0 && offset <= rows - p.samples, "offset must be in [0, " + std::to_string(rows - p.samples) +
-                                                         "] for this shape, got " + std::to_string(offset));
+  auto [p, k] =
+      NoiseKey{step, seed, point, std, kind, offset}.params(out, out.ptr<float>(), out.shape[0], out.shape[1]);
   if (out.numel() == 0) return;
-  p.first = uint64_t(offset) * uint64_t(p.per_sample(k));
   if (out.device.type == fbk::dl_cuda) {
 #ifdef FBK_NVCC
     void* stream = out.stream();
@@ -74,6 +100,120 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
   fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;
   fbk::noise_cpu(p, k, path, threads);
+}
+
+static std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t n : shape) text += (text.empty() ? "[" : ", ") + std::to_string(n);
+  return text.empty() ? "[]" : text + "]";
+}
+
+// A dense CPU tensor of the shape; the caller has made it so, and a view that is not would be read past its end.
+static void expect(const char* argument, const TensorView& t, const std::vector<int64_t>& shape, uint8_t code,
+                   uint8_t bits) {
+  require(t.device.type == fbk::dl_cpu, std::string(argument) + " must be on the CPU");
+  require(t.dtype.code == code && t.dtype.bits == bits && t.dtype.lanes == 1,
+          std::string(argument) + " has the wrong dtype");
+  std::vector<int64_t> got(t.shape, t.shape + t.ndim);
+  require(got == shape, std::string(argument) + " must have shape " + shape_text(shape) + ", got " + shape_text(got));
+  require(t.contiguous(), std::string(argument) + " must be contiguous");
+}
+
+using Sizes = std::array<int64_t, 6>;  // of a pooling: kernel, stride, padding, each height and width
+
+static fbk::Window window(const TensorView& map, const Sizes& s, bool places) {
+  require(map.ndim == 4, "maps must be [samples, height, width, channels]");
+  fbk::Window w{map.shape[1], map.shape[2], 0, 0, map.shape[3], s[0], s[1], s[2], s[3], s[4], s[5]};
+  constexpr int64_t most = 1 << 20;
+  for (int64_t n : {w.height, w.width, w.channels, w.kernel_h, w.kernel_w, w.stride_h, w.stride_w})
+    require(n >= 1 && n < int64_t(1) << 40, "sizes of maps, kernel_size and stride must be >= 1");
+  require(w.kernel_h <= most && w.kernel_w <= most && w.stride_h <= most && w.stride_w <= most,
+          "kernel_size and stride must be at most 2^20");
+  require(w.padding_h >= 0 && w.padding_w >= 0 && 2 * w.padding_h <= w.kernel_h && 2 * w.padding_w <= w.kernel_w,
+          "padding must be >= 0 and at most half of kernel_size");
+  require(w.height + 2 * w.padding_h >= w.kernel_h && w.width + 2 * w.padding_w >= w.kernel_w,
+          "kernel_size must not be larger than the padded map");
+  require(!places || w.kernel_h * w.kernel_w <= 256, "kernel_size must have at most 256 places for max-pooling");
+  w.out_height = (w.height + 2 * w.padding_h - w.kernel_h) / w.stride_h + 1;
+  w.out_width = (w.width + 2 * w.padding_w - w.kernel_w) / w.stride_w + 1;
+  return w;
+}
+
+static std::pair<fbk::Storage, uint8_t> storage_of(const char* argument, const TensorView& t) {
+  bool single = t.dtype.code == fbk::dl_float && t.dtype.bits == 32;
+  require(single || (t.dtype.code == fbk::dl_bfloat && t.dtype.bits == 16),
+          std::string(argument) + " must be float32 or bfloat16");
+  return {single ? fbk::Storage::float32 : fbk::Storage::bfloat16, t.dtype.bits};
+}
+
+static void pointwise(const TensorView& z, const std::optional<TensorView>& q, const std::optional<TensorView>& bias,
+                      const TensorView& h, const std::optional<TensorView>& p, const std::optional<TensorView>& kept,
+                      const std::optional<TensorView>& winner, const std::string& activation, const std::string& pool,
+                      bool pool_first, const Sizes& sizes, const TensorView& step, int64_t seed, int64_t point,
+                      double std, const std::string& kind, int64_t rows, bool antithetic, int64_t offset, int threads,
+                      const std::string& simd) {
+  auto [storage, bits] = storage_of("z", z);
+  uint8_t code = z.dtype.code;
+  auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
+  auto pooling = named<fbk::Pool>("pool", pool, {"none", "max", "avg"});
+  fbk::Window w = window(z, pooling == fbk::Pool::none ? Sizes{1, 1, 1, 1, 0, 0} : sizes, pooling == fbk::Pool::max);
+  int64_t samples = z.shape[0], perturbed = rows * (1 + antithetic);
+  std::vector<int64_t> in = {samples, w.height, w.width, w.channels},
+                       out = {samples, w.out_height, w.out_width, w.channels};
+  require(rows >= 0 && rows <= samples,
+          "rows must be in [0, " + std::to_string(samples) + "], got " + std::to_string(rows));
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  expect("z", z, in, code, bits);
+  expect("h", h, out, code, bits);
+  require(p.has_value() == (rows > 0), "p must be given where rows > 0");
+  require(kept.has_value() == (phi == fbk::Activation::gelu), "kept must be given for gelu alone");
+  require(winner.has_value() == (pooling == fbk::Pool::max), "winner must be given for max-pooling alone");
+  if (kept) expect("kept", *kept, out, code, bits);
+  if (winner) expect("winner", *winner, out, fbk::dl_uint, 8);
+  if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32);
+  in[0] = out[0] = perturbed;
+  if (p) expect("p", *p, out, code, bits);
+  require(!q || p, "q must not be given without p");
+  if (q) expect("q", *q, in, code, bits);
+  auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params(z, nullptr, rows, w.units());
+  auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
+  fbk::PointwiseParams params{z.ptr<void>(),
+                              data(q),
+                              static_cast<float*>(data(bias)),
+                              h.ptr<void>(),
+                              data(p),
+                              data(kept),
+                              static_cast<uint8_t*>(data(winner)),
+                              storage,
+                              phi,
+                              pool_first,
+                              pooling,
+                              w,
+                              samples,
+                              perturbed,
+                              rows,
+                              noise_kind,
+                              noise};
+  fbk::Simd path = simd_named(simd);
+  if (h.numel() == 0) return;
+  py::gil_scoped_release release;
+  fbk::pointwise_cpu(params, path, threads);
+}
+
+static void unpool(const TensorView& delta, const TensorView& winner, const TensorView& out, const Sizes& sizes,
+                   int threads, const std::string& simd) {
+  auto [storage, bits] = storage_of("delta", delta);
+  fbk::Window w = window(out, sizes, true);
+  std::vector<int64_t> small = {out.shape[0], w.out_height, w.out_width, w.channels};
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  expect("delta", delta, small, delta.dtype.code, bits);
+  expect("winner", winner, small, fbk::dl_uint, 8);
+  expect("out", out, {out.shape[0], w.height, w.width, w.channels}, delta.dtype.code, bits);
+  fbk::UnpoolParams params{delta.ptr<void>(), winner.ptr<uint8_t>(), out.ptr<void>(), storage, w, out.shape[0]};
+  fbk::Simd path = simd_named(simd);
+  if (out.numel() == 0) return;
+  py::gil_scoped_release release;
+  fbk::unpool_cpu(params, path, threads);
 }
 
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
@@ -110,6 +250,13 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.def("noise", &noise, "out"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
         "simd"_a = "", "Fills out (float32 [samples, units]) with the noise of SPEC 6.");
+  m.def("pointwise", &pointwise, "z"_a, "q"_a.none(true), "bias"_a.none(true), "h"_a, "p"_a.none(true),
+        "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a, "sizes"_a, "step"_a,
+        "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0, "threads"_a = 1,
+        "simd"_a = "",
+        "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
+  m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
+        "Sends the error of max-pooled maps back to the winners.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
   m.def("build_info", &build_info);

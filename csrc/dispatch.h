@@ -12,6 +12,7 @@
 namespace fbk {
 
 enum class Simd { portable, avx2, avx512 };
+enum class Activation { identity, relu, tanh, sigmoid, gelu };
 
 }  // namespace fbk
 
