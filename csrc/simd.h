@@ -55,6 +55,10 @@ FBK_INLINE f32v load(const float* from, int64_t n) {
   return (f32v)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), from);
 }
 FBK_INLINE void store(float* to, f32v v, int64_t n) { _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)v); }
+FBK_INLINE f64v load(const double* from, int64_t n) {
+  return (f64v)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), from);
+}
+FBK_INLINE void store(double* to, f64v v, int64_t n) { _mm512_mask_storeu_pd(to, __mmask8((1u << n) - 1), (__m512d)v); }
 #else
 FBK_INLINE f32v load(const float* from, int64_t n) {
   f32v v{};
@@ -62,6 +66,14 @@ FBK_INLINE f32v load(const float* from, int64_t n) {
   return v;
 }
 FBK_INLINE void store(float* to, f32v v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+FBK_INLINE f64v load(const double* from, int64_t n) {
+  f64v v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = from[i];
+  return v;
+}
+FBK_INLINE void store(double* to, f64v v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = v[i];
 }
 #endif
