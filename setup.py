@@ -20,7 +20,10 @@ NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -
 # each *_simd.cpp is compiled once for each of these, the rest for the baseline; gcc 12 warns of its own avx512fintrin.h (PR105593)
 SIMD = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    SIMD |= {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512 -Wno-maybe-uninitialized"}
+    SIMD |= {
+        "avx2": "-mavx2 -mfma",
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512 -Wno-maybe-uninitialized",
+    }
 
 
 class Nvcc(NamedTuple):

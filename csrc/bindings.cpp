@@ -8,9 +8,12 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_config.h"
+#include "feedback.h"
 #include "noise.h"
 #include "pointwise.h"
 #include "tensor_view.h"
@@ -166,7 +169,8 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   expect("z", z, in, code, bits);
   expect("h", h, out, code, bits);
   require(p.has_value() == (rows > 0), "p must be given where rows > 0");
-  require(kept.has_value() == (phi == fbk::Activation::gelu), "kept must be given for gelu alone");
+  require(kept.has_value() == (phi == fbk::Activation::gelu && pooling != fbk::Pool::avg),
+          "kept must be given for gelu alone, without average-pooling");
   require(winner.has_value() == (pooling == fbk::Pool::max), "winner must be given for max-pooling alone");
   if (kept) expect("kept", *kept, out, code, bits);
   if (winner) expect("winner", *winner, out, fbk::dl_uint, 8);
@@ -216,6 +220,86 @@ static void unpool(const TensorView& delta, const TensorView& winner, const Tens
   fbk::unpool_cpu(params, path, threads);
 }
 
+static void feedback_update(const TensorView& B, const std::optional<TensorView>& out,
+                            const std::optional<TensorView>& M, const std::optional<TensorView>& R,
+                            const std::optional<TensorView>& Q, const std::optional<TensorView>& G,
+                            const std::optional<TensorView>& prediction, const std::optional<TensorView>& step,
+                            const std::optional<TensorView>& predicted_step, int64_t seed, int64_t point, double std,
+                            const std::string& kind, int64_t offset, int threads, const std::string& simd) {
+  constexpr uint8_t code = fbk::dl_float, bits = 32;
+  require(B.ndim == 2, "B must be [units, outputs]");
+  int64_t units = B.shape[0], m = B.shape[1];
+  expect("B", B, {units, m}, code, bits);
+  require(G.has_value() == out.has_value() && G.has_value() == step.has_value(), "out, G and step go together");
+  require(prediction.has_value() == predicted_step.has_value(), "prediction and predicted_step go together");
+  require(G || prediction, "G or prediction must be given");
+  require(R.has_value() == Q.has_value() && !(M && R) && (G || !(M || R)), "M or its factors R and Q go with G");
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  fbk::FeedbackUpdateParams p{};
+  p.B = B.ptr<float>();
+  p.units = units;
+  p.outputs = m;
+  if (G) {
+    require(G->ndim == 2, "G must be [rows, outputs]");
+    p.rows = G->shape[0];
+    expect("out", *out, {units, m}, code, bits);
+    expect("G", *G, {p.rows, m}, code, bits);
+    require(out->ptr<float>() != p.B || B.numel() == 0, "out must not be B");
+    p.out = out->ptr<float>();
+    p.G = G->ptr<float>();
+    std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params(B, nullptr, p.rows, units);
+  }
+  if (M) {
+    expect("M", *M, {m, m}, code, bits);
+    p.M = M->ptr<float>();
+  }
+  if (R) {
+    expect("R", *R, {p.rows, m}, code, bits);
+    expect("Q", *Q, {p.rows, m}, code, bits);
+    p.R = R->ptr<float>();
+    p.Q = Q->ptr<float>();
+  }
+  if (prediction) {
+    require(prediction->ndim == 3, "prediction must be [parts + 1, rows, outputs]");
+    p.predicted_rows = prediction->shape[1];
+    expect("prediction", *prediction, {p.tasks() + 1, p.predicted_rows, m}, code, bits);
+    p.prediction = prediction->ptr<float>();
+    std::tie(p.predicted_noise, p.kind) =
+        NoiseKey{*predicted_step, seed, point, std, kind, offset}.params(B, nullptr, p.predicted_rows, units);
+  }
+  fbk::Simd path = simd_named(simd);
+  if (m == 0) return;
+  py::gil_scoped_release release;
+  fbk::feedback_update_cpu(p, path, threads);
+}
+
+static void feedback(const TensorView& e, const TensorView& B, const std::optional<TensorView>& kept,
+                     const TensorView& delta, const std::string& activation, int threads, const std::string& simd) {
+  auto [storage, bits] = storage_of("delta", delta);
+  require(e.ndim == 2 && B.ndim == 2, "e must be [samples, outputs] and B [units, outputs]");
+  int64_t samples = e.shape[0], m = e.shape[1], units = B.shape[0];
+  auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  require(kept.has_value() == (phi != fbk::Activation::identity), "kept must be given for an activation alone");
+  expect("e", e, {samples, m}, fbk::dl_float, 32);
+  expect("B", B, {units, m}, fbk::dl_float, 32);
+  expect("delta", delta, {samples, units}, delta.dtype.code, bits);
+  if (kept) expect("kept", *kept, {samples, units}, delta.dtype.code, bits);
+  fbk::FeedbackParams p{e.ptr<float>(),
+                        B.ptr<float>(),
+                        kept ? kept->ptr<void>() : nullptr,
+                        delta.ptr<void>(),
+                        storage == fbk::Storage::float32,
+                        phi,
+                        samples,
+                        units,
+                        m};
+  fbk::Simd path = simd_named(simd);
+  if (delta.numel() == 0) return;
+  py::gil_scoped_release release;
+  fbk::feedback_cpu(p, path, threads);
+}
+
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
   auto [w] = fbk::philox(fbk::Words<uint32_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
   return {w[0], w[1], w[2], w[3]};
@@ -257,6 +341,12 @@ PYBIND11_MODULE(_C, m) {
         "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");
+  m.def("feedback_update", &feedback_update, "B"_a, "out"_a.none(true), "M"_a.none(true), "R"_a.none(true),
+        "Q"_a.none(true), "G"_a.none(true), "prediction"_a.none(true), "step"_a.none(true),
+        "predicted_step"_a.none(true), "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
+        "simd"_a = "", "out = B (I - M) + Xi^T G, and the prediction Xi' out.");
+  m.def("feedback", &feedback, "e"_a, "B"_a, "kept"_a.none(true), "delta"_a, "activation"_a, "threads"_a = 1,
+        "simd"_a = "", "delta = (e B^T) * phi'(kept).");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
   m.def("build_info", &build_info);

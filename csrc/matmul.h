@@ -99,7 +99,8 @@ FBK_INLINE void dot(int64_t rows, int64_t cols, int64_t depth, A a, B b, Emit em
           for (int j = 0; j < dot_cols; ++j) sum[i * dot_cols + j] = mul_add(x, y[j], sum[i * dot_cols + j]);
         }
       };
-      for (int64_t k = 0; k < whole; k += lanes) add([k](const float* row) __attribute__((always_inline)) { return load(row + k); });
+      for (int64_t k = 0; k < whole; k += lanes)
+        add([k](const float* row) __attribute__((always_inline)) { return load(row + k); });
       if (rest) add([=](const float* row) __attribute__((always_inline)) { return load(row + whole, rest); });
       float out[lanes];
       store(out, sums(sum));
@@ -116,8 +117,8 @@ struct Strided {
 };
 
 template <int rows, int vectors, bool tail, class T, class Emit>
-FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest, int64_t depth, Strided<T> a, const T* b,
-                           int64_t ldb, Emit& emit) {
+FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest, int64_t depth, Strided<T> a,
+                           const T* b, int64_t ldb, Emit& emit) {
   using V = typename VectorOf<T>::type;
   constexpr int width = bytes / int(sizeof(T));
   const T* p[rows];
@@ -145,8 +146,8 @@ FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest,
 }
 
 template <int vectors, bool tail, class T, class Emit>
-FBK_INLINE void outer_columns(int64_t first, int64_t last, int64_t c, int64_t rest, int64_t depth, Strided<T> a, const T* b,
-                              int64_t ldb, Emit& emit) {
+FBK_INLINE void outer_columns(int64_t first, int64_t last, int64_t c, int64_t rest, int64_t depth, Strided<T> a,
+                              const T* b, int64_t ldb, Emit& emit) {
   constexpr int rows = vectors == 1 ? 12 : 6;
   for (int64_t i = first; i < last; i += rows) {
     if (last - i > rows / 2)
@@ -156,7 +157,8 @@ FBK_INLINE void outer_columns(int64_t first, int64_t last, int64_t c, int64_t re
   }
 }
 
-// C[i, :] = sum_k A(i, k) B[k, :] for the rows [first, last): emit(i, c, vector, n) takes the n elements from column c on.
+// C[i, :] = sum_k A(i, k) B[k, :] for the rows [first, last): emit(i, c, vector, n) takes the n elements from column c
+// on.
 template <class T, class Emit>
 FBK_INLINE void outer(int64_t first, int64_t last, int64_t cols, int64_t depth, Strided<T> a, const T* b, int64_t ldb,
                       Emit emit) {

@@ -14,6 +14,49 @@ def noise(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
+def pointwise(
+    z: Tensor,
+    q: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor,
+    p: Tensor | None,
+    kept: Tensor | None,
+    winner: Tensor | None,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    sizes: Sequence[int],
+    step: Tensor,
+    seed: int,
+    point: int,
+    std: float,
+    kind: str,
+    rows: int,
+    antithetic: bool = False,
+    offset: int = 0,
+    threads: int = 1,
+    simd: str = "",
+) -> None: ...
+def unpool(delta: Tensor, winner: Tensor, out: Tensor, sizes: Sequence[int], threads: int = 1, simd: str = "") -> None: ...
+def feedback_update(
+    B: Tensor,
+    out: Tensor | None,
+    M: Tensor | None,
+    R: Tensor | None,
+    Q: Tensor | None,
+    G: Tensor | None,
+    prediction: Tensor | None,
+    step: Tensor | None,
+    predicted_step: Tensor | None,
+    seed: int,
+    point: int,
+    std: float,
+    kind: str,
+    offset: int = 0,
+    threads: int = 1,
+    simd: str = "",
+) -> None: ...
+def feedback(e: Tensor, B: Tensor, kept: Tensor | None, delta: Tensor, activation: str, threads: int = 1, simd: str = "") -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def simd_paths() -> list[str]: ...
 def build_info() -> dict[str, Any]: ...

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fbkernels._check import one_of
 from fbkernels.points import FeedbackPoint
-
-ACTIVATIONS = {
-    "identity": lambda z: z,
-    "relu": torch.relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "gelu": nn.functional.gelu,
-}
+from fbkernels.reference import ACTIVATIONS
 
 
 class _Layer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,71 @@ def layout(u: Tensor, shape: tuple[int, ...], channels_first: bool | None = None
     if channels_first or (channels_first is None and len(shape) > 3):
         return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     return u.view(shape)
+
+
+# phi and, from what is kept of it, phi': h = phi(z), of gelu z itself
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda z: z,
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+}
+
+
+def derivative(kept: Tensor, activation: str) -> Tensor:
+    """phi'(z) from h = phi(z); of gelu from z."""
+    if activation == "gelu":
+        gauss = (-0.5 * kept.square()).exp() / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(kept / math.sqrt(2))) + kept * gauss
+    if activation == "relu":
+        return (kept > 0).to(kept.dtype)
+    return {"identity": torch.ones_like, "tanh": lambda h: 1 - h * h, "sigmoid": lambda h: h * (1 - h)}[activation](kept)
+
+
+def pointwise(
+    z: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """phi and pooling of z + bias, in either order: h; z behind each h where phi is gelu; and the winner of each max-pooling window.
+
+    A winner is its place in the window, ``kernel_width * y + x``, uint8. Where phi does not decrease, pooling z gives the same h, and the
+    winner is that of z: ties that phi alone makes do not count.
+    """
+    phi, window = ACTIVATIONS[activation], (tuple(kernel_size), tuple(stride), tuple(padding))
+    if bias is not None:
+        z = z + bias.view(-1, *[1] * (z.ndim - 2))
+    none, nobody = z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
+    if pool == "avg":
+        return phi(F.avg_pool2d(z, *window)) if pool_first else F.avg_pool2d(phi(z), *window), none, nobody
+    if pool == "none":
+        return phi(z), z if activation == "gelu" else none, nobody
+    _, at = F.max_pool2d(phi(z) if activation == "gelu" and not pool_first else z, *window, return_indices=True)
+    won = z.flatten(2).gather(2, at.flatten(2)).view(at.shape)
+    y, x = at // z.shape[3], at % z.shape[3]
+    first = [torch.arange(n, device=z.device) * s - p for n, s, p in zip(at.shape[2:], stride, padding, strict=True)]
+    place = (y - first[0][:, None]) * kernel_size[1] + x - first[1]
+    return phi(won), won if activation == "gelu" else none, place.to(torch.uint8)
+
+
+def unpool(
+    delta: Tensor, winner: Tensor, size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The error of max-pooled maps at the winners of ``pointwise``, [samples, channels, *size]; a winner of two windows gets their sum."""
+    place = winner.long()
+    y, x = (
+        (torch.arange(n, device=delta.device) * s - p).view(-1, *[1] * (1 - i))
+        + (place // kernel_size[1] if i == 0 else place % kernel_size[1])
+        for i, (n, s, p) in enumerate(zip(delta.shape[2:], stride, padding, strict=True))
+    )
+    out = delta.new_zeros(*delta.shape[:2], size[0] * size[1])
+    return out.scatter_add(2, (y * size[1] + x).flatten(2), delta.flatten(2)).view(*delta.shape[:2], *size)
 
 
 def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | None, G: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""The update of B, the joint rules' prediction and the feedback product, against the reference in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fbkernels import _C, ops, reference
+
+EPS = 2.0**-24
+F64 = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def updates(draw: Any) -> dict[str, Any]:
+    units, m, rows, predicted = (draw(st.integers(1, high)) for high in (1500, 70, 90, 70))
+    seed, form, what = (
+        draw(st.integers(0, 99)),
+        draw(st.sampled_from(["none", "full", "factors"])),
+        draw(st.sampled_from(["B", "Xi B", "both"])),
+    )
+    learns, predicts = what != "Xi B", what != "B"
+    R = normal(rows, m, seed=seed)
+    return {
+        "B": normal(units, m, seed=seed + 1),
+        "M": 0.1 * normal(m, m, seed=seed + 2) if learns and form == "full" else None,
+        "R": R if learns and form == "factors" else None,
+        "Q": 0.1 * normal(rows, m, seed=seed + 3) if learns and form == "factors" else None,
+        "G": normal(rows, m, seed=seed + 4) if learns else None,
+        "step": torch.tensor(seed) if learns else None,
+        "predicted_step": torch.tensor(seed + 1) if predicts else None,
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "point": draw(st.integers(0, 2**32 - 1)),
+        "predicted_rows": predicted if predicts else 0,
+        "std": 0.3,
+        "kind": draw(st.sampled_from(["gaussian", "rademacher"])),
+        "offset": draw(st.integers(0, 2**40)),
+    }
+
+
+def double(call: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
+
+
+def bounds(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Rounding of the two results: a sum of K products is off by at most K eps sum |a b|; noise itself by 9 eps."""
+    B, G = call["B"].double().abs(), call["G"]
+    size, terms = B, 1
+    largest = call["std"] * math.sqrt(48 * math.log(2))
+    if G is not None:
+        size, terms = size + largest * G.double().abs().sum(0), terms + len(G) + 9
+    if call["M"] is not None:
+        size, terms = size + B @ call["M"].double().abs(), terms + B.shape[1]
+    if call["R"] is not None:
+        size, terms = size + (B @ call["R"].double().abs().mT) @ call["Q"].double().abs(), terms + B.shape[1] + len(call["R"])
+    prediction = (terms + len(B) + 9) * 2 * EPS * largest * size.sum(0)
+    return terms * 2 * EPS * size, prediction
+
+
+@given(updates())
+@settings(max_examples=150, deadline=None)
+def test_update_and_prediction_are_the_reference(call: dict[str, Any]) -> None:
+    got = ops.feedback_update(**call)
+    expected = ops.feedback_update(**double(call), backend="reference")
+    for g, want, bound in zip(got, expected, bounds(call), strict=True):
+        assert (g.shape, g.dtype) == (want.shape, torch.float32)
+        assert g.numel() == 0 or bool(((g.double() - want).abs() <= bound).all())
+
+
+@given(updates(), st.integers(2, 4))
+@settings(max_examples=40, deadline=None)
+def test_update_on_every_instruction_set_and_thread_count(call: dict[str, Any], threads: int) -> None:
+    results = []
+    parts = torch.empty(-(-len(call["B"]) // 1024) + 1, call["predicted_rows"], call["B"].shape[1])
+    for simd in _C.simd_paths():
+        for t in (1, threads):
+            out = None if call["G"] is None else torch.empty_like(call["B"])
+            key = {k: call[k] for k in ("step", "predicted_step", "seed", "point", "std", "kind", "offset")}
+            given = {k: call[k] for k in ("B", "M", "R", "Q", "G")}
+            _C.feedback_update(**given, out=out, prediction=parts if call["predicted_rows"] else None, **key, threads=t, simd=simd)
+            results.append((torch.zeros(0) if out is None else out, parts[0].clone() if call["predicted_rows"] else torch.zeros(0)))
+    for i in range(0, len(results), 2):
+        assert all(torch.equal(a, b) for a, b in zip(results[i], results[i + 1], strict=True)), "depends on the thread count"
+    for got in results[2::2]:
+        for g, want, bound in zip(got, results[0], bounds(call), strict=True):
+            assert g.numel() == 0 or bool(((g - want).abs() <= 2 * bound).all())
+
+
+@given(
+    st.integers(1, 90),
+    st.integers(1, 300),
+    st.integers(1, 200),
+    st.sampled_from(tuple(reference.ACTIVATIONS)),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_feedback_is_the_reference(n: int, units: int, m: int, activation: str, dtype: torch.dtype, seed: int) -> None:
+    e, B, z = normal(n, m, seed=seed), normal(units, m, seed=seed + 1), normal(n, units, seed=seed + 2)
+    kept = (z if activation == "gelu" else reference.ACTIVATIONS[activation](z)).to(dtype)
+    expected = ops.feedback(e.double(), B.double(), kept.double(), activation, backend="reference")
+    # a sum of m products; then phi', at most 1.13, off by 8 eps, and the rounding to the dtype
+    bound = 1.13 * (m + 10) * 2 * EPS * (e.abs().double() @ B.abs().double().T)
+    bound = bound + (0 if dtype == torch.float32 else 2.0**-8) * expected.abs() + 1e-30
+    results = []
+    for simd in _C.simd_paths():
+        for threads in (1, 3):
+            delta = torch.empty_like(kept)
+            _C.feedback(e, B, None if activation == "identity" else kept, delta, activation, threads, simd)
+            results.append(delta)
+            assert bool(((delta.double() - expected).abs() <= bound).all())
+        assert torch.equal(results[-1], results[-2]), "depends on the thread count"
+    assert torch.equal(ops.feedback(e, B, kept, activation), results[-1])
+
+
+def test_feedback_of_maps_numbers_units_channels_last() -> None:
+    e, B, h = normal(3, 4), normal(2 * 5 * 6, 4, seed=1), torch.tanh(normal(3, 2, 5, 6, seed=2))
+    expected = (e @ B.T).view(3, 5, 6, 2).movedim(-1, 1) * (1 - h * h)
+    for kept in (h, h.to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(ops.feedback(e, B, kept, "tanh"), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_the_ops(backend: str) -> None:
+    B, M, R, G = normal(33, 5), normal(5, 5), normal(4, 5), normal(4, 5)
+    step, key = torch.tensor(3), (-1, 2, 6, 0.1, "gaussian")
+    op = torch.ops.fbkernels.feedback_update.default
+    torch.library.opcheck(op, (B, M, None, None, G, step, step, *key), {"backend": backend})
+    torch.library.opcheck(op, (B, None, R, R, G, step, None, *key), {"backend": backend})
+    torch.library.opcheck(op, (B.T.contiguous().T, None, None, None, None, None, step, *key), {"backend": backend})
+    kept = normal(4, 3, 11, 1).to(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, kept, "tanh"), {"backend": backend})
+    torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, normal(33, 4).T, "relu"), {"backend": backend})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"M": torch.zeros(4, 4)}, "M must have shape"),
+        ({"M": None, "R": torch.zeros(4, 5)}, "M or its factors R and Q go with G"),
+        ({"R": torch.zeros(4, 5), "Q": torch.zeros(4, 5)}, "M or its factors"),
+        ({"G": torch.zeros(4, 6)}, "G must have shape"),
+        ({"G": None}, "go together"),
+        ({"G": None, "M": None, "step": None}, "G or prediction must be given"),
+        ({"std": float("nan")}, "std must be"),
+        ({"kind": "uniform"}, "kind must be one of"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    good = {"B": torch.zeros(7, 5), "M": torch.zeros(5, 5), "R": None, "Q": None, "G": torch.zeros(4, 5), "step": torch.tensor(1)}
+    good |= {"predicted_step": None, "seed": 1, "point": 2, "predicted_rows": 0, "std": 0.1, "kind": "gaussian"}
+    with pytest.raises(ValueError, match=message):
+        ops.feedback_update(**(good | change))
