@@ -1,21 +1,24 @@
-"""The two places where autograd is told what to do: the output's error to every point, and a layer's error through B."""
+"""The places where autograd is told what to do: the output's error to every point, a block behind its point, a layer's error through B."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fbkernels import ops, reference
 from fbkernels.reference import Connection, layout
 
 
 class Deliver(torch.autograd.Function):
     """Per-sample losses whose backward hands c e to the logits and c e B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
 
-    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves.
+    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves. A fused block has an
+    epilogue, its activation and what the derivative is read from, and gets ``(c e B_l^T) * phi'``.
     """
 
     @staticmethod
@@ -24,6 +27,7 @@ class Deliver(torch.autograd.Function):
         losses: Tensor,
         e: Tensor,
         feedback: tuple[Tensor, ...],
+        epilogues: tuple[tuple[str, Tensor] | None, ...],
         channels_first: tuple[bool | None, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
@@ -31,7 +35,9 @@ class Deliver(torch.autograd.Function):
         logits: Tensor,
         *activities: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(e, *feedback)
+        kept = [epilogue[1] for epilogue in epilogues if epilogue is not None]
+        ctx.save_for_backward(e, *feedback, *kept)
+        ctx.fused = [None if epilogue is None else epilogue[0] for epilogue in epilogues]
         ctx.given, ctx.record, ctx.channels_first = given, record, channels_first
         ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
         return losses.clone()
@@ -40,16 +46,101 @@ class Deliver(torch.autograd.Function):
     def backward(ctx: Any, c: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
             raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
-        e, *feedback = ctx.saved_tensors
+        e, *rest = ctx.saved_tensors
+        feedback, kept = rest[: len(ctx.fused)], iter(rest[len(ctx.fused) :])
         if ctx.record is not None:
             ctx.record(c)
         (shape, dtype), *like = ctx.like
         ce = c.to(e.dtype)[:, None] * e
         grads = [ce.view(shape).to(dtype)]
-        for F, first, (shape, dtype) in zip(feedback, ctx.channels_first, like, strict=True):
+        for F, fused, first, (shape, dtype) in zip(feedback, ctx.fused, ctx.channels_first, like, strict=True):
+            if fused is not None:
+                grads.append(ops.feedback(ce, F, next(kept), fused))
+                continue
             g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape, first)
             grads.append(g.to(dtype))
-        return None, None, None, None, None, None, None, *grads
+        return None, None, None, None, None, None, None, None, *grads
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What stands between a layer and its point: phi and a pooling, in either order."""
+
+    activation: str
+    pool_first: bool
+    pool: str
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    no_pool: ClassVar[tuple[Any, ...]] = ("none", (1, 1), (1, 1), (0, 0))
+
+    @property
+    def window(self) -> tuple[tuple[int, int], ...]:
+        return self.kernel_size, self.stride, self.padding
+
+    @property
+    def derivative(self) -> str:
+        """The phi whose derivative the error at the point is multiplied with; average-pooling spreads the error before that."""
+        return "identity" if self.pool == "avg" else self.activation
+
+    def exact(self, z: Tensor) -> Tensor:
+        return reference.pointwise(z, None, self.activation, self.pool, self.pool_first, *self.window)[0]
+
+
+class Block(torch.autograd.Function):
+    """A layer of ``direct`` feedback, or the tensor x where there is none, up to its point: activation, pooling, noise (SPEC 1).
+
+    The edge behind h belongs to ``Deliver`` alone, and carries the error before the activation, at the winners of a max-pooling.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        perturbed: Tensor | None,
+        layer: Connection | None,
+        epilogue: Epilogue,
+        key: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *key, antithetic = key  # type: ignore[assignment]
+        z, q = x, perturbed
+        if layer is not None and weight is not None:
+            if layer.convolution:
+                x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+            z = layer.forward(x, weight, bias)
+            q = None if perturbed is None else layer.forward(perturbed, weight, bias)
+        e = epilogue
+        h, p, kept, winner = ops.perturbed_pointwise(
+            z, q, None, e.activation, e.pool, e.pool_first, *e.window, *key, antithetic=antithetic, backend="cpp"
+        )
+        ctx.layer, ctx.epilogue, ctx.size, ctx.weight = layer, epilogue, z.shape[2:], None if weight is None else weight.shape
+        ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, z if e.pool == "avg" else None)
+        ctx.mark_non_differentiable(p, kept)
+        ctx.set_materialize_grads(False)
+        return h, p, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, delta: Tensor | None, *_: Any) -> Any:
+        x, winner, z = ctx.saved_tensors
+        layer, epilogue = ctx.layer, ctx.epilogue
+        if delta is None:
+            return (None,) * 7
+        if epilogue.pool == "max":
+            delta = ops.unpool(delta, winner, ctx.size, *epilogue.window)
+        elif epilogue.pool == "avg":
+            with torch.enable_grad():
+                z.requires_grad_()
+                (delta,) = torch.autograd.grad(epilogue.exact(z), z, delta)
+        if layer is None:
+            return delta, *(None,) * 6
+        like = torch.empty(ctx.weight, dtype=delta.dtype, device=delta.device)  # no gradient crosses a point: of W its shape alone counts
+        grad_weight = layer.weight_gradient(delta, x, like) if ctx.needs_input_grad[1] else None
+        grad_bias = delta.sum([d for d in range(delta.ndim) if d != 1]) if ctx.needs_input_grad[2] else None
+        return None, grad_weight, grad_bias, None, None, None, None
 
 
 class Transport(torch.autograd.Function):

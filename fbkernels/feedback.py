@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fbkernels import ops
 from fbkernels.autograd import Transport
 from fbkernels.points import FeedbackPoint, LazyBuffers
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Measurement, Rule
-from fbkernels.streams import Streams, streams
+from fbkernels.streams import Streams, resolve, streams
 
 
 class Feedback(LazyBuffers):
@@ -53,13 +54,14 @@ class Feedback(LazyBuffers):
 
     def _reset(self) -> None:
         self.activities: dict[str, Tensor] = {}  # h_l by point, until the loss has taken them
+        self.epilogues: dict[str, tuple[str, Tensor]] = {}  # of fused blocks: the activation, and what its derivative is read from
         self.logits: Tensor | None = None
         self.perturbed: Tensor | None = None
         self.prediction: Tensor | float = 0.0
         self.inputs: tuple[Any, ...] = ()
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
-        self.perturbing = self.learning = self.warming = self.transports = False
+        self.perturbing = self.learning = self.warming = self.transports = self.fuses = False
         self.perturbed_rows = 0
 
     # the forward of the network
@@ -83,6 +85,12 @@ class Feedback(LazyBuffers):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
         self.inputs = (args, kwargs) if self.rule.supervised else ()  # only a second pass needs the batch after this one
         self.transports = self.layerwise and self.probe != "exact"
+        device = self.step.device
+        self.fuses = (
+            not (self.layerwise or self.probe or self.rule.private or torch.compiler.is_compiling())
+            and not torch.is_autocast_enabled(device.type)
+            and ops.choose(self.backend, device) == "cpp"
+        )
         self.learning = not self.probe and (self.every == 1 or self.steps % self.every == 0)
         wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and self.learning
         self.perturbing = wanted and torch.is_grad_enabled()
@@ -98,7 +106,7 @@ class Feedback(LazyBuffers):
             return None
         if not isinstance(output, Streams):
             raise TypeError(f"the network's forward must return one tensor computed from its input, got {type(output).__name__}")
-        output.check()
+        resolve(output).check()
         if output.pending is not None or (self.activities and not output.read):
             name = output.pending.name if output.pending is not None else next(reversed(self.activities))
             raise ValueError(
@@ -116,14 +124,13 @@ class Feedback(LazyBuffers):
         self.logits, self.perturbed = output.clean, output.perturbed
         return output.clean
 
-    def visit(self, point: FeedbackPoint, s: Streams) -> None:
-        s.check()
+    def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         if point.name in self.activities:
             raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
         last = next(reversed(self.activities), None)
         if last is not None and self.points[last].index > point.index:
             raise ValueError(f"point {point.name!r} runs after {last!r}, but was registered before it: pass points=[...] in running order")
-        self.activities[point.name] = s.clean
+        self.activities[point.name] = h
 
     def cut(self, h: Tensor) -> Tensor:
         """What the next layer gets: detached in direct, so that no gradient crosses a point (DESIGN 1)."""
@@ -311,6 +318,7 @@ class Feedback(LazyBuffers):
         self.flush()
         fresh: dict[str, Any] = {
             "activities": {},
+            "epilogues": {},
             "errors": {},
             "changes": {},
             "logits": None,

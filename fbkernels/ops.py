@@ -197,7 +197,8 @@ def _pointwise(
             clean = h[:rows] if q is None else reference.pointwise(q, bias, activation, *window)[0]
             perturbed = (torch.cat((clean, clean)) if antithetic and q is None else clean) + (torch.cat((xi, -xi)) if antithetic else xi)
         # an op may not return its input
-        return (*(_dense(t).clone() if t.data_ptr() == z.data_ptr() else _dense(t) for t in (h, perturbed, kept)), _dense(winner))
+        h, kept = (_dense(t).clone() if t.data_ptr() == z.data_ptr() else _dense(t) for t in (h, kept))
+        return h, _dense(perturbed), kept, _dense(winner)
     z = _dense(z)
     behind = _behind(z, len(z), pool, kernel_size, stride, padding)
     perturbed = _behind(z, rows * (1 + antithetic), pool, kernel_size, stride, padding) if rows else z.new_empty(0)
@@ -334,7 +335,7 @@ def _feedback_update(
 ) -> tuple[Tensor, Tensor]:
     if choose(backend, B.device) != "cpp" or B.dtype != torch.float32:
         new, key = B, (seed, point)
-        draw = {"offset": offset, "dtype": B.dtype, "backend": backend}
+        draw: dict[str, Any] = {"offset": offset, "dtype": B.dtype, "backend": backend}
         if G is not None and step is not None:
             gain = (R, Q) if R is not None and Q is not None else M
             new = reference.feedback_update(B, noise(step, *key, len(G), len(B), std, kind, **draw), gain, G)
@@ -342,11 +343,11 @@ def _feedback_update(
             return new, B.new_empty(0)
         prediction = noise(predicted_step, *key, predicted_rows, len(B), std, kind, **draw) @ new
         return (new if G is not None else B.new_empty(0)), prediction
-    single = [None if t is None else t.float().contiguous() for t in (M, R, Q, G)]
+    M, R, Q, G = (None if t is None else t.float().contiguous() for t in (M, R, Q, G))
     B = B.contiguous()
     out = None if G is None else torch.empty_like(B)
     parts = B.new_empty(-(-len(B) // 1024) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
-    _C.feedback_update(B, out, *single, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
+    _C.feedback_update(B, out, M, R, Q, G, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
     return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[0].clone()
 
 

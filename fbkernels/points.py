@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fbkernels import ops, reference
+from fbkernels.autograd import Block, Epilogue
 from fbkernels.reference import Connection
-from fbkernels.rules.base import Gain, Measurement
-from fbkernels.streams import Carry, Streams, streams, twin
+from fbkernels.rules.base import Gain, Measurement, Rule
+from fbkernels.streams import Carry, Deferred, Streams, defer, fusible, resolve, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -118,7 +119,11 @@ class FeedbackPoint(LazyBuffers):
 
     def attach(self, layer: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a converted layer: the noise goes in after the layer's normalisation, activation and pooling."""
-        return streams(self.net, output.clean, output.perturbed, pending=self) if isinstance(output, Streams) else None
+        if not isinstance(output, Streams):
+            return None
+        if output.deferred is not None:
+            return defer(self.net, output.deferred, self)
+        return streams(self.net, output.clean, output.perturbed, pending=self)
 
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a module named in ``points=``: the noise goes in right after it."""
@@ -126,19 +131,49 @@ class FeedbackPoint(LazyBuffers):
 
     def perturb(self, s: Streams) -> Streams:
         net = self.net
-        h = s.clean
-        net.visit(self, s)
+        block = None if s.deferred is None else self.block(s.deferred)
+        if block is None:
+            resolve(s).check()
+            h, perturbed = s.clean, None
+        else:
+            h, perturbed = block
+        net.visit(self, h)
         self.shape = h.shape[1:]
+        predicts = net.perturbing and net.rule.predicts and not net.layerwise
         if not net.layerwise:
-            self.flush()
-        h = net.cut(h)
-        perturbed = s.perturbed
-        if net.perturbing:
-            xi = self.noise(net.step, net.perturbed_rows, h.dtype)
-            if net.rule.predicts and not net.layerwise and "B" in self._buffers:
-                net.prediction = net.prediction + reference.units(xi, self.channels_first).to(self._buffers["B"].dtype) @ self._buffers["B"]
-            perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
-        return streams(net, h, perturbed, source=(self, ()))
+            prediction = self.flush(net.perturbed_rows if predicts else 0)
+            if prediction is not None:
+                net.prediction = net.prediction + prediction
+        if block is None:
+            perturbed = s.perturbed
+            if net.perturbing:
+                xi = self.noise(net.step, net.perturbed_rows, h.dtype)
+                perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
+        return streams(net, net.cut(h), perturbed, source=(self, ()))
+
+    def block(self, deferred: Deferred) -> tuple[Tensor, Tensor | None] | None:
+        """The layer, its activation and pooling, and the noise in one pass; None where what was deferred is of another form."""
+        net, source, calls = self.net, deferred.source, deferred.calls
+        layer, x, weight, bias = None, source.clean, None, None
+        if calls[0][1] in ("linear", "conv2d"):
+            _, name, args, kwargs = calls[0]
+            constant = net.constant if net.warming else (lambda t: t)
+            given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+            weight, bias = constant(given.pop("weight")), constant(given.pop("bias", None))
+            layer, by_hand = Connection.of(name, weight, x, **given)
+            if any(by_hand) or weight.dtype != x.dtype:
+                return None
+        parts = [fusible(name, args, kwargs) for _, name, args, kwargs in calls[layer is not None :]]
+        kinds = [part[0] for part in parts if part is not None]
+        if len(set(kinds)) < len(kinds) or (kinds and x.ndim == 2 and "pool" in kinds):
+            return None
+        named = {part[0]: part[1:] for part in parts if part is not None}
+        epilogue = Epilogue(named.get("activation", ("identity",))[0], kinds[:1] == ["pool"], *named.get("pool", Epilogue.no_pool))
+        rows = net.perturbed_rows if net.perturbing else 0
+        key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise, net.antithetic)
+        h, perturbed, kept = Block.apply(x, weight, bias, source.perturbed if rows else None, layer, epilogue, key)
+        net.epilogues[self.name] = (epilogue.derivative, kept if kept.numel() else h.detach())
+        return h, perturbed if rows else None
 
     def noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """The step's noise xi_l, in the layout of the activity; regenerated, never stored."""
@@ -174,20 +209,44 @@ class FeedbackPoint(LazyBuffers):
         assert B is not None
         return B if connection.convolution else B.T
 
-    def flush(self) -> None:
-        """Apply the pending update of B (SPEC 5). The result is a new tensor: a backward pass that is still to come has saved the old."""
-        m, self.pending = self.pending, None
-        with torch.no_grad():
-            if m is not None:
-                self.net.rule.learn(self, m)
-            self.net.rule.feedback(self)  # which catches up with W where B follows it
+    def flush(self, predicted_rows: int = 0) -> Tensor | None:
+        """Apply the pending update of B (SPEC 5). The result is a new tensor: a backward pass that is still to come has saved the old.
 
-    def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None) -> None:
+        With ``predicted_rows`` also the joint rules' prediction Xi B for the step that begins, if there is a B.
+        """
+        m, self.pending = self.pending, None
+        rule, prediction = self.net.rule, None
+        with torch.no_grad():
+            if m is not None and type(rule).learn is Rule.learn and m.gains is not None:
+                prediction = self.update(m, *m.gains, predicted_rows=predicted_rows)
+            elif m is not None:
+                rule.learn(self, m)
+            rule.feedback(self)  # which catches up with W where B follows it
+            if predicted_rows and prediction is None and "B" in self._buffers:
+                B = self._buffers["B"]
+                prediction = self._op(B, None, None, None, None, None, self.net.step, predicted_rows)[1]
+        return prediction
+
+    def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None, predicted_rows: int = 0) -> Tensor | None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
         B = self._buffers["B"]
+        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry
+        if target is None and whole:
+            R, Q = M if isinstance(M, tuple) else (None, None)
+            predicted = self.net.step if predicted_rows else None
+            new, prediction = self._op(B, None if R is not None else M, R, Q, G, m.step, predicted, predicted_rows)
+            self._buffers["B"] = new
+            return prediction if predicted_rows else None
         matrix = B if self.connection is None else self.connection.matrix(B)
         new = reference.feedback_update(matrix, self.regressand(m, matrix.dtype, target), M, G)
         self._buffers["B"] = (new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous()
+        return None
+
+    def _op(self, B: Tensor, M: Any, R: Any, Q: Any, G: Any, step: Any, predicted_step: Any, predicted_rows: int) -> tuple[Tensor, Tensor]:
+        net = self.net
+        key = (net.seed, self.index, predicted_rows, net.noise_std, net.noise)
+        out: tuple[Tensor, Tensor] = ops.feedback_update(B, M, R, Q, G, step, predicted_step, *key, backend=net.backend)
+        return out
 
     def regressand(self, m: Measurement, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""

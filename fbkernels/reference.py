@@ -105,7 +105,9 @@ def derivative(kept: Tensor, activation: str) -> Tensor:
         return 0.5 * (1 + torch.erf(kept / math.sqrt(2))) + kept * gauss
     if activation == "relu":
         return (kept > 0).to(kept.dtype)
-    return {"identity": torch.ones_like, "tanh": lambda h: 1 - h * h, "sigmoid": lambda h: h * (1 - h)}[activation](kept)
+    if activation == "tanh":
+        return 1 - kept.square()
+    return kept * (1 - kept) if activation == "sigmoid" else torch.ones_like(kept)
 
 
 def pointwise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,26 @@ _VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties w
 Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements by name
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """Functions that wait for their point: a layer, its activation, its pooling. The point runs them in one pass, see ``points.Block``.
+
+    Whatever else reads the activity first has them run one by one.
+    """
+
+    source: Streams
+    calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
+    grad: bool  # whether autograd was on
+
+
 class Streams(Tensor):
     """The clean activity, as a tensor, with its perturbed twin beside it.
 
     Whatever function of torch the model's forward calls runs on both: on ``clean`` as ever, on ``perturbed`` without autograd. Dropout
     masks and batch statistics come from the clean stream. ``perturbed`` is None as long as both are the same numbers, so that what lies
     before the first noise is computed once. ``pending`` is the point of the layer whose normalisation, activation and pooling are still
-    running; the first other function that reads the activity puts the noise in. ``source`` is the point whose activity this is, with the
+    running; the first other function that reads the activity puts the noise in. ``deferred``: they have not run yet, ``clean`` and
+    ``perturbed`` do not exist, and the tensor itself is an empty one. ``source`` is the point whose activity this is, with the
     rearrangements since.
     """
 
@@ -63,12 +77,13 @@ class Streams(Tensor):
     pending: FeedbackPoint | None
     source: tuple[FeedbackPoint, Carry] | None
     realised: Streams | None
+    deferred: Deferred | None
     read: bool  # something with a tensor of its own, a weight, has read the activity since the last point
 
     def check(self) -> None:
         """torch shows a custom autograd.Function to nobody: its output is a Streams whose clean tensor has lost its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
-            if self.requires_grad and not self.clean.requires_grad:
+            if self.deferred is None and self.requires_grad and not self.clean.requires_grad:
                 raise ValueError("a custom autograd.Function hides the second stream and loses its own gradient: use torch functions")
 
     @classmethod
@@ -89,8 +104,26 @@ def streams(
     with torch.no_grad():
         pair = clean.as_subclass(Streams)
     pair.clean, pair.perturbed, pair.net, pair.pending, pair.source, pair.realised = clean, perturbed, net, pending, source, None
-    pair.read = read
+    pair.read, pair.deferred = read, None
     return pair
+
+
+def defer(net: Feedback, deferred: Deferred, pending: FeedbackPoint | None) -> Streams:
+    # it requires grad like what it stands for, so that check() notices a custom autograd.Function
+    wait = streams(net, deferred.source.clean.new_empty(0, requires_grad=deferred.grad), None, pending)
+    wait.deferred = deferred
+    return wait
+
+
+def resolve(s: Streams) -> Streams:
+    """The activity with its deferred functions run, one by one."""
+    if s.deferred is not None:
+        y = s.deferred.source
+        with torch.set_grad_enabled(s.deferred.grad):
+            for func, name, args, kwargs in s.deferred.calls:
+                y = _execute(func, name, (y, *args), kwargs)
+        s.clean, s.perturbed, s.source, s.read, s.deferred = y.clean, y.perturbed, y.source, y.read, None
+    return s
 
 
 def twin(s: Streams) -> Tensor:
@@ -104,6 +137,66 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     grouped = name.removesuffix("_") in _GROUP
     if not grouped:
         args, kwargs = _map(_realise, args), _map(_realise, kwargs)
+    if args and isinstance(args[0], Streams) and args[0].net.fuses and len(_all((args, kwargs))) == 1:
+        waits = _defer(func, name, args[0], args[1:], kwargs)
+        if waits is not None:
+            return waits
+    return _execute(func, name, _map(resolve, args), _map(resolve, kwargs))
+
+
+def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
+    """Put off a layer, or an activation or a pooling that a point waits behind, where the point can run it in its one pass."""
+    call = (func, name, args, kwargs)
+    if name in ("linear", "conv2d"):
+        x = s.clean
+        if x.requires_grad or x.ndim != (2 if name == "linear" else 4) or x.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        return defer(s.net, Deferred(s, (call,), torch.is_grad_enabled()), None)
+    if fusible(name, args, kwargs) is None:
+        return None
+    if s.deferred is None:
+        if (
+            s.pending is None
+            or s.clean.ndim not in (2, 4)
+            or s.clean.dtype not in (torch.float32, torch.bfloat16)
+            or _in_place(name, kwargs)
+        ):
+            return None
+        return defer(s.net, Deferred(s, (call,), torch.is_grad_enabled()), s.pending)
+    deferred = replace(s.deferred, calls=(*s.deferred.calls, call))
+    if not _in_place(name, kwargs):
+        return defer(s.net, deferred, s.pending)
+    s.deferred = deferred  # relu_(x): x itself is what comes out
+    return s
+
+
+def fusible(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """("activation", kind) or ("pool", kind, kernel_size, stride, padding) of a function that perturbed_pointwise covers."""
+    name = name.removesuffix("_")
+    if name in ("relu", "tanh", "sigmoid") or (name == "gelu" and not args and kwargs.get("approximate", "none") == "none"):
+        return "activation", name
+    if name not in ("max_pool2d", "avg_pool2d"):
+        return None
+    own = ("dilation", "ceil_mode", "return_indices") if name == "max_pool2d" else ("ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(("kernel_size", "stride", "padding", *own), args, strict=False)) | kwargs
+    pair = lambda v: (v, v) if isinstance(v, int) else (v[0], v[-1])  # noqa: E731
+    plain = {"dilation": (1, 1), "ceil_mode": False, "return_indices": False, "count_include_pad": True, "divisor_override": None}
+    if any((pair(given[k]) if k == "dilation" else given[k]) != plain[k] for k in own if k in given):
+        return None
+    kernel = pair(given["kernel_size"])
+    if name == "max_pool2d" and kernel[0] * kernel[1] > 256:  # a winner's place is a byte
+        return None
+    return "pool", name[:3], kernel, pair(given.get("stride") or kernel), pair(given.get("padding", 0))
+
+
+def _in_place(name: str, kwargs: dict[str, Any]) -> bool:
+    return (
+        name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or bool(kwargs.get("inplace"))
+    )
+
+
+def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    grouped = name.removesuffix("_") in _GROUP
     every = _all((args, kwargs))
     first, net = every[0], every[0].net
     for s in every:
@@ -119,8 +212,7 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return net.transport(name, *args, **kwargs)
 
     differ = any(s.perturbed is not None for s in every)
-    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or kwargs.get("inplace")
-    if in_place and differ and first.perturbed is None:
+    if _in_place(name, kwargs) and differ and first.perturbed is None:
         first.perturbed = twin(first).clone()
     constant = net.constant if net.warming else _same
     clean = func(*_map(_clean, args, constant), **_map(_clean, kwargs, constant))
@@ -184,7 +276,7 @@ def _all(tree: Any) -> list[Streams]:
 
 
 def _clean(s: Streams) -> Tensor:
-    return s.clean
+    return resolve(s).clean
 
 
 def _same(x: Any) -> Any:
@@ -193,7 +285,7 @@ def _same(x: Any) -> Any:
 
 def _realise(s: Streams) -> Streams:
     if s.pending is None:
-        return s
+        return resolve(s)
     if s.realised is None:
         s.realised = s.pending.perturb(s)
     return s.realised

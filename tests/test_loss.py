@@ -587,8 +587,10 @@ def test_compiles_to_one_graph(make: Any, rule: fb.Rule, backend: str) -> None:
     for i, ((loss, grads), (want, wants)) in enumerate(zip(got, expected, strict=True)):
         # the same arithmetic in another order, and W carries it from step to step
         torch.testing.assert_close(loss, want, rtol=32 * (i + 1) * 2.0**-23, atol=0)
+        # of the net's largest gradient: that of a bias before batch normalisation is zero but for the rounding of its sum
+        largest = max(float(w.abs().max()) for w in wants)
         for g, w in zip(grads, wants, strict=True):
-            torch.testing.assert_close(g, w, rtol=0, atol=500 * (i + 1) * 2.0**-23 * float(w.abs().max()) + 1e-8)
+            torch.testing.assert_close(g, w, rtol=0, atol=500 * (i + 1) * 2.0**-23 * largest)
     ours, theirs = learned(net), learned(eager)
     assert list(ours) == list(theirs)
     for key, want in theirs.items():
