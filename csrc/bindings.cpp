@@ -132,7 +132,7 @@ static fbk::Window window(const TensorView& map, const Sizes& s, bool places) {
     require(n >= 1 && n < int64_t(1) << 40, "sizes of maps, kernel_size and stride must be >= 1");
   require(w.kernel_h <= most && w.kernel_w <= most && w.stride_h <= most && w.stride_w <= most,
           "kernel_size and stride must be at most 2^20");
-  require(w.padding_h >= 0 && w.padding_w >= 0 && 2 * w.padding_h <= w.kernel_h && 2 * w.padding_w <= w.kernel_w,
+  require(w.padding_h >= 0 && w.padding_w >= 0 && w.padding_h <= w.kernel_h / 2 && w.padding_w <= w.kernel_w / 2,
           "padding must be >= 0 and at most half of kernel_size");
   require(w.height + 2 * w.padding_h >= w.kernel_h && w.width + 2 * w.padding_w >= w.kernel_w,
           "kernel_size must not be larger than the padded map");
@@ -160,7 +160,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
   auto pooling = named<fbk::Pool>("pool", pool, {"none", "max", "avg"});
   fbk::Window w = window(z, pooling == fbk::Pool::none ? Sizes{1, 1, 1, 1, 0, 0} : sizes, pooling == fbk::Pool::max);
-  int64_t samples = z.shape[0], perturbed = rows * (1 + antithetic);
+  int64_t samples = z.shape[0];
   std::vector<int64_t> in = {samples, w.height, w.width, w.channels},
                        out = {samples, w.out_height, w.out_width, w.channels};
   require(rows >= 0 && rows <= samples,
@@ -175,6 +175,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   if (kept) expect("kept", *kept, out, code, bits);
   if (winner) expect("winner", *winner, out, fbk::dl_uint, 8);
   if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32);
+  int64_t perturbed = rows * (1 + antithetic);
   in[0] = out[0] = perturbed;
   if (p) expect("p", *p, out, code, bits);
   require(!q || p, "q must not be given without p");

@@ -1,0 +1,131 @@
+"""20,000 malformed calls into the compiled part: each ends in a Python exception or in a result, never in a crash.
+
+Run as a script it makes the calls; the test runs it in a process of its own, so that a crash is a status and not the end of the tests.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CALLS = 20_000
+ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError)
+STEP = torch.tensor(3)
+
+
+def pointwise() -> dict[str, Any]:
+    z, h = torch.randn(3, 6, 5, 7), torch.empty(3, 3, 3, 7)
+    noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
+    out = {"h": h, "p": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
+    how = {"activation": "gelu", "pool": "max", "pool_first": False, "sizes": (3, 3, 2, 2, 1, 1)}
+    return {"z": z, "q": torch.randn(2, 6, 5, 7), "bias": torch.randn(7), **out, **how, **noise, "threads": 2, "simd": ""}
+
+
+def unpool() -> dict[str, Any]:
+    delta, out = torch.randn(3, 3, 3, 7), torch.empty(3, 6, 5, 7)
+    winner = torch.randint(0, 256, delta.shape, dtype=torch.uint8)  # most of them lie nowhere
+    return {"delta": delta, "winner": winner, "out": out, "sizes": (3, 3, 2, 2, 1, 1), "threads": 2, "simd": ""}
+
+
+def feedback_update() -> dict[str, Any]:
+    G = torch.randn(4, 6)
+    key = {"step": STEP, "predicted_step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "rademacher", "offset": 0}
+    parts = {"M": torch.randn(6, 6), "R": None, "Q": None, "G": G, "prediction": torch.empty(2, 5, 6)}
+    return {"B": torch.randn(9, 6), "out": torch.empty(9, 6), **parts, **key, "threads": 2, "simd": ""}
+
+
+def feedback() -> dict[str, Any]:
+    tensors = {"e": torch.randn(3, 6), "B": torch.randn(9, 6), "kept": torch.randn(3, 9), "delta": torch.empty(3, 9)}
+    return {**tensors, "activation": "tanh", "threads": 2, "simd": ""}
+
+
+def noise() -> dict[str, Any]:
+    key = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "offset": 0}
+    return {"out": torch.empty(3, 9), **key, "threads": 2, "simd": ""}
+
+
+GOOD: dict[str, Callable[[], dict[str, Any]]] = {
+    "noise": noise,
+    "philox": lambda: {"counter": [1, 2, 3, 4], "key": [5, 6]},
+    "pointwise": pointwise,
+    "unpool": unpool,
+    "feedback_update": feedback_update,
+    "feedback": feedback,
+}
+HARMLESS = {"build_info", "simd_paths"}  # take no arguments
+NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)
+OTHERS = (None, "", "gaussian", "max", "avx512", "\0", "x" * 1000, [], (), {}, object(), torch, b"bytes", 1j)
+
+
+def tensor(rng: random.Random, like: Any) -> Tensor:
+    """A tensor that is wrong in some way, often only slightly."""
+    shape = list(like.shape) if isinstance(like, Tensor) else []
+    if rng.random() < 0.5 and shape:
+        shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 3, 17))
+    elif rng.random() < 0.3:
+        shape = [rng.choice((0, 1, 2, 3, 5)) for _ in range(rng.randrange(6))]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool, torch.complex64)
+    dtype = like.dtype if isinstance(like, Tensor) and rng.random() < 0.7 else rng.choice(dtypes)
+    if rng.random() < 0.05:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    t = torch.full(shape, rng.choice((0, 1, 3, 200)), dtype=torch.float64).to(dtype)
+    how = rng.randrange(9)
+    if how == 0 and t.ndim > 1:
+        return t.transpose(0, -1)
+    if how == 1:
+        return t.expand(2, *t.shape)
+    if how == 2 and t.ndim and t.shape[-1] > 1:
+        return t[..., ::2]
+    if how == 3 and t.is_floating_point():
+        return t.fill_(float("nan"))
+    if how == 4 and t.is_floating_point():
+        return t.requires_grad_()
+    if how == 5 and t.ndim == 2 and dtype != torch.bool:
+        return t.to_sparse()
+    return t
+
+
+def value(rng: random.Random, old: Any) -> Any:
+    if isinstance(old, (list, tuple)) and rng.random() < 0.7:
+        new = [rng.choice(NUMBERS) if rng.random() < 0.4 else x for x in old]
+        return new if rng.random() < 0.8 else new[: rng.randrange(len(new) + 1)] * rng.randrange(3)
+    if isinstance(old, Tensor) or rng.random() < 0.2:
+        return tensor(rng, old)
+    return rng.choice(NUMBERS) if rng.random() < 0.6 else rng.choice(OTHERS)
+
+
+def main(seed: int) -> None:
+    from fbkernels import _C
+
+    rng, names, refused = random.Random(seed), sorted(GOOD), 0
+    assert set(names) | HARMLESS == {n for n in dir(_C) if not n.startswith("_")}, "a function without malformed calls"
+    for name in names:
+        getattr(_C, name)(**GOOD[name]())  # the good call is good
+    for call in range(CALLS):
+        name = names[call % len(names)]
+        arguments = GOOD[name]()
+        for key in rng.sample(sorted(arguments), min(len(arguments), rng.choice((1, 1, 1, 2, 3)))):
+            arguments[key] = value(rng, arguments[key])
+        if rng.random() < 0.02:
+            arguments.pop(rng.choice(sorted(arguments)))
+        try:
+            getattr(_C, name)(**arguments)
+        except ALLOWED:
+            refused += 1
+    print(refused)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+
+
+def test_malformed_calls_never_crash() -> None:
+    run = subprocess.run([sys.executable, "-P", "-X", "faulthandler", __file__, "1"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert int(run.stdout) > CALLS / 2  # most of them are malformed indeed
