@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "build_config.h"
+#include "conv_gradient.h"
 #include "feedback.h"
 #include "noise.h"
 #include "pointwise.h"
@@ -301,6 +302,70 @@ static void feedback(const TensorView& e, const TensorView& B, const std::option
   fbk::feedback_cpu(p, path, threads);
 }
 
+static void conv_gradient(const TensorView& delta, const TensorView& winner, const TensorView& x,
+                          const TensorView& weight_gradient, const TensorView& bias_gradient, const Sizes& geometry,
+                          const Sizes& sizes, int threads, const std::string& simd) {
+  auto [storage, bits] = storage_of("x", x);
+  const TensorView& w = weight_gradient;
+  require(delta.ndim == 4 && x.ndim == 4, "delta and x must be [samples, height, width, channels]");
+  require(w.ndim == 4, "weight_gradient must be [outputs, inputs, height, width]");
+  fbk::ConvGradientParams p{};
+  p.samples = x.shape[0], p.inputs = x.shape[3], p.outputs = w.shape[0];
+  require(p.inputs >= 1 && p.outputs >= 1, "x and delta must have channels");
+  require(w.shape[1] == p.inputs,
+          "weight_gradient must have as many inputs as x has channels: groups are not supported");
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  std::vector<int64_t> pooled = {p.samples, delta.shape[1], delta.shape[2], p.outputs};
+  expect("delta", delta, pooled, fbk::dl_float, 32);
+  expect("winner", winner, pooled, fbk::dl_uint, 8);
+  expect("x", x, {p.samples, x.shape[1], x.shape[2], p.inputs}, x.dtype.code, bits);
+  expect("bias_gradient", bias_gradient, {p.outputs}, fbk::dl_float, 32);
+  TensorView channels_last = w;
+  int64_t shape[] = {w.shape[0], w.shape[2], w.shape[3], w.shape[1]};
+  int64_t strides[] = {w.strides[0], w.strides[2], w.strides[3], w.strides[1]};
+  channels_last.shape = shape, channels_last.strides = strides;
+  const TensorView& dense = w.contiguous() ? w : channels_last;
+  expect("weight_gradient", dense, {dense.shape, dense.shape + 4}, fbk::dl_float, 32);
+
+  auto axis = [&](int i) {
+    auto within = [](const char* name, int64_t value, int64_t low, int64_t high) {
+      require(low <= value && value <= high, std::string(name) + " must be in [" + std::to_string(low) + ", " +
+                                                 std::to_string(high) + "], got " + std::to_string(value));
+      return value;
+    };
+    // the bounds keep every product below far from 2^63
+    constexpr int64_t most = 1 << 15;
+    fbk::PooledAxis a;
+    a.in = within("the size of x", x.shape[1 + i], 1, 1 << 24);
+    a.pooled = within("the size of delta", delta.shape[1 + i], 1, 1 << 24);
+    a.kernel = within("the size of weight_gradient", w.shape[2 + i], 1, most);
+    a.stride = within("stride", geometry[i], 1, most);
+    a.padding = within("padding", geometry[2 + i], 0, most);
+    a.dilation = within("dilation", geometry[4 + i], 1, most);
+    a.pool_kernel = within("kernel_size", sizes[i], 1, 256);
+    a.pool_stride = within("the pool's stride", sizes[2 + i], 1, most);
+    a.pool_padding = within("the pool's padding", sizes[4 + i], 0, a.pool_kernel / 2);
+    int64_t reach = a.in + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
+    require(reach >= 0, "weight_gradient must not be larger than the padded x");
+    a.out = reach / a.stride + 1;
+    require((a.pooled - 1) * a.pool_stride - a.pool_padding < a.out,
+            "delta must not have windows outside the convolution's output of size " + std::to_string(a.out));
+    return a;
+  };
+  p.y = axis(0), p.x = axis(1);
+  require(p.y.pool_kernel * p.x.pool_kernel <= 256, "kernel_size must have at most 256 places");
+  p.delta = delta.ptr<float>();
+  p.winner = winner.ptr<uint8_t>();
+  p.input = x.ptr<void>();
+  p.input_is_bf16 = storage == fbk::Storage::bfloat16;
+  p.weight = w.ptr<float>();
+  p.bias = bias_gradient.ptr<float>();
+  std::copy(w.strides, w.strides + 4, p.weight_strides);
+  fbk::Simd path = simd_named(simd);
+  py::gil_scoped_release release;
+  fbk::conv_gradient_cpu(p, path, threads);
+}
+
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
   auto [w] = fbk::philox(fbk::Words<uint32_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
   return {w[0], w[1], w[2], w[3]};
@@ -348,6 +413,9 @@ PYBIND11_MODULE(_C, m) {
         "simd"_a = "", "out = B (I - M) + Xi^T G, and the prediction Xi' out.");
   m.def("feedback", &feedback, "e"_a, "B"_a, "kept"_a.none(true), "delta"_a, "activation"_a, "threads"_a = 1,
         "simd"_a = "", "delta = (e B^T) * phi'(kept).");
+  m.def("conv_gradient", &conv_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a, "bias_gradient"_a,
+        "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
+        "The weight and bias gradient of a convolution from the winners of its max-pool.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
   m.def("build_info", &build_info);

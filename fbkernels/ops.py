@@ -293,6 +293,43 @@ unpool = Op(
 )
 
 
+def _pooled_weight_gradient(
+    delta: Tensor,
+    winner: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    if not _compiled(delta, backend):
+        window = (kernel_size, pool_stride, pool_padding)
+        exact, bias = reference.pooled_weight_gradient(delta, winner, x, weight, stride, padding, dilation, *window)
+        return torch.empty_like(weight).copy_(exact), bias.to(weight.dtype)
+    gradient, bias = torch.empty_like(weight, dtype=torch.float32), torch.empty(weight.shape[0])
+    delta, winner, x = (_maps(_dense(t)) for t in (delta.float(), winner, x))
+    sizes = (*kernel_size, *pool_stride, *pool_padding)
+    _C.conv_gradient(delta, winner, x, gradient, bias, (*stride, *padding, *dilation), sizes, torch.get_num_threads())
+    return gradient.to(weight.dtype), bias.to(weight.dtype)
+
+
+def _pooled_weight_gradient_fake(delta: Tensor, winner: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight), weight.new_empty(weight.shape[0])
+
+
+pooled_weight_gradient = Op(
+    "pooled_weight_gradient(Tensor delta, Tensor winner, Tensor x, Tensor weight, int[] stride, int[] padding, int[] dilation, "
+    'int[] kernel_size, int[] pool_stride, int[] pool_padding, *, str backend="auto") -> (Tensor, Tensor)',
+    _pooled_weight_gradient,
+    _pooled_weight_gradient_fake,
+)
+
+
 def _feedback(e: Tensor, B: Tensor, kept: Tensor, activation: str, *, backend: str = "auto") -> Tensor:
     one_of("activation", activation, reference.ACTIVATIONS)
     if kept.ndim not in (2, 4):

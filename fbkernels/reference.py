@@ -170,6 +170,32 @@ def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | N
     return new - B @ M.to(B.dtype)
 
 
+def pooled_weight_gradient(
+    delta: Tensor,
+    winner: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a convolution's weight and bias, from the error at the output of the max-pool behind it.
+
+    dW[c, i, ky, kx] = sum over n, y, x of d[n, c, y, x] x[n, i, y s + ky t - p, x s + kx t - p], db[c] = sum of d, with d the unpooled
+    delta, stride s, dilation t and padding p; one group.
+    """
+    spatial = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - t * (k - 1) - 1) // s + 1 for n, k, s, p, t in spatial]
+    dense = unpool(delta, winner, size, kernel_size, pool_stride, pool_padding)
+    gradient = torch.ops.aten.convolution_backward(
+        dense, x.to(delta.dtype), weight.to(delta.dtype), None, stride, padding, dilation, False, [0, 0], 1, [False, True, False]
+    )[1]
+    return gradient, delta.sum((0, 2, 3))
+
+
 @dataclass(frozen=True)
 class Connection:
     """How a layer reads a point: a linear map or a two-dimensional convolution, forward and back (SPEC 3, ``layerwise``).
