@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 CXX = os.environ.get("CXX", "g++")
 CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Werror"
-SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if os.environ.get("FBK_SANITIZE") == "1" else ""  # .ci/sanitize
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined" if os.environ.get("FBK_SANITIZE") == "1" else ""
 NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings"
 # each *_simd.cpp is compiled once for each of these, the rest for the baseline; gcc 12 warns of its own avx512fintrin.h (PR105593)
 SIMD = {"portable": ""}
@@ -87,9 +87,10 @@ class NinjaBuild(build_ext):
         write_if_changed(build / "build_config.h", "".join(f'#define {name} "{value}"\n' for name, value in config.items()))
         print(f"fbkernels: CUDA off, {cuda}" if isinstance(cuda, str) else f"fbkernels: CUDA {cuda.release}, {archs}", flush=True)
 
+        cxx = f"{CXX} -MD -MF $out.d {CXXFLAGS} {SANITIZE}"
         include = shlex.join((f"-I{build}", "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()))
         lines = [
-            f"rule cxx\n  command = {CXX} -MD -MF $out.d {CXXFLAGS} {SANITIZE} {include} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule cxx\n  command = {cxx} {include} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {CXX} -shared -fopenmp {SANITIZE} -s -Wl,--exclude-libs,ALL $in $libs -o $out",
         ]
         objects = []

@@ -25,10 +25,12 @@ static void regenerate(const NoiseParams& noise, NoiseKind kind, int64_t n, int6
 // C += sign A B, C and B of `cols` columns
 static void multiply_add(float sign, int64_t rows, int64_t cols, int64_t depth, Strided<float> a, const float* b,
                          int64_t ldb, float* C, int64_t ldc) {
-  outer(0, rows, cols, depth, a, b, ldb, [=](int64_t i, int64_t c, f32v v, int64_t n) __attribute__((always_inline)) {
-    float* to = C + i * ldc + c;
-    n == lanes ? store(to, load(to) + sign * v) : store(to, load(to, n) + sign * v, n);
-  });
+  outer(
+      0, rows, cols, depth, a, [=](int64_t k) __attribute__((always_inline)) { return b + k * ldb; },
+      [=](int64_t i, int64_t c, f32v v, int64_t n) __attribute__((always_inline)) {
+        float* to = C + i * ldc + c;
+        n == lanes ? store(to, load(to) + sign * v) : store(to, load(to, n) + sign * v, n);
+      });
 }
 
 void feedback_update(const FeedbackUpdateParams& p, int64_t task) {

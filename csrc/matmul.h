@@ -19,24 +19,36 @@ struct VectorOf<double> {
   typedef f64v type;
 };
 
-template <bool upper>
-FBK_INLINE f32v unzip(f32v a, f32v b, int half) {
-  i32v from;
-  for (int i = 0; i < lanes; ++i) from[i] = (i & half ? lanes : 0) + (i & ~half) + (upper ? half : 0);
-  return __builtin_shuffle(a, b, from);
+// half of the butterfly that swaps bit `half` of the lane with that of the row; a pack, for gcc folds no loop into a
+// mask
+template <int half, bool upper, int... lane>
+FBK_INLINE f32v unzip(f32v a, f32v b) {
+  if constexpr (sizeof...(lane) < lanes)
+    return unzip<half, upper, lane..., sizeof...(lane)>(a, b);
+  else
+    return __builtin_shuffle(a, b, i32v{((lane & half ? lanes : 0) + (lane & ~half) + (upper ? half : 0))...});
 }
 
 // v[i] <- column i of the lanes x lanes matrix whose rows are v
+template <int half = 1>
 FBK_INLINE void transpose(f32v (&v)[lanes]) {
-#pragma GCC unroll 8
-  for (int half = 1; half < lanes; half *= 2) {
 #pragma GCC unroll 64
-    for (int i = 0; i < lanes; ++i)
-      if (!(i & half)) {
-        f32v low = unzip<false>(v[i], v[i + half], half), high = unzip<true>(v[i], v[i + half], half);
-        v[i] = low, v[i + half] = high;
-      }
-  }
+  for (int i = 0; i < lanes; ++i)
+    if (!(i & half)) {
+      f32v low = unzip<half, false>(v[i], v[i + half]), high = unzip<half, true>(v[i], v[i + half]);
+      v[i] = low, v[i + half] = high;
+    }
+  if constexpr (2 * half < lanes) transpose<2 * half>(v);
+}
+
+// lane i of the result is the sum of v[i]
+template <int half = 1>
+FBK_INLINE f32v sums(f32v (&v)[lanes]) {
+#pragma GCC unroll 64
+  for (int i = 0; i < lanes; i += 2 * half)
+    v[i] = unzip<half, false>(v[i], v[i + half]) + unzip<half, true>(v[i], v[i + half]);
+  if constexpr (2 * half < lanes) return sums<2 * half>(v);
+  return v[0];
 }
 
 // to[c * to_stride + r] = from(r)[c]
@@ -59,17 +71,6 @@ FBK_INLINE void transpose(int64_t rows, int64_t cols, From from, float* to, int6
         height == lanes ? store(at, v[i]) : store(at, v[i], height);
       }
     }
-}
-
-// lane i of the result is the sum of v[i]
-FBK_INLINE f32v sums(f32v (&v)[lanes]) {
-#pragma GCC unroll 8
-  for (int half = 1; half < lanes; half *= 2) {
-#pragma GCC unroll 64
-    for (int i = 0; i < lanes; i += 2 * half)
-      v[i] = unzip<false>(v[i], v[i + half], half) + unzip<true>(v[i], v[i + half], half);
-  }
-  return v[0];
 }
 
 // Tiles of the dot form: as many accumulators as there are lanes, so that one transposed reduction serves them all.
@@ -116,20 +117,21 @@ struct Strided {
   int64_t row, col;
 };
 
-template <int rows, int vectors, bool tail, class T, class Emit>
-FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest, int64_t depth, Strided<T> a,
-                           const T* b, int64_t ldb, Emit& emit) {
+template <int rows, int vectors, bool tail, class T, class B, class Emit>
+FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest, int64_t depth, Strided<T> a, B b,
+                           Emit& emit) {
   using V = typename VectorOf<T>::type;
   constexpr int width = bytes / int(sizeof(T));
   const T* p[rows];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) p[i] = a.data + (i0 + (i < height ? i : height - 1)) * a.row;
   V sum[rows][vectors] = {};
-  b += c0;
-  for (int64_t k = 0; k < depth; ++k, b += ldb) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* from = b(k) + c0;
     V y[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) y[v] = tail && v == vectors - 1 ? load(b + v * width, rest) : load(b + v * width);
+    for (int v = 0; v < vectors; ++v)
+      y[v] = tail && v == vectors - 1 ? load(from + v * width, rest) : load(from + v * width);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       V x = broadcast(p[i][k * a.col]);
@@ -145,39 +147,37 @@ FBK_INLINE void outer_tile(int64_t i0, int64_t c0, int64_t height, int64_t rest,
   }
 }
 
-template <int vectors, bool tail, class T, class Emit>
-FBK_INLINE void outer_columns(int64_t first, int64_t last, int64_t c, int64_t rest, int64_t depth, Strided<T> a,
-                              const T* b, int64_t ldb, Emit& emit) {
+template <int vectors, bool tail, class T, class B, class Emit>
+FBK_INLINE void outer_columns(int64_t first, int64_t last, int64_t c, int64_t rest, int64_t depth, Strided<T> a, B b,
+                              Emit& emit) {
   constexpr int rows = vectors == 1 ? 12 : 6;
   for (int64_t i = first; i < last; i += rows) {
     if (last - i > rows / 2)
-      outer_tile<rows, vectors, tail>(i, c, last - i, rest, depth, a, b, ldb, emit);
+      outer_tile<rows, vectors, tail>(i, c, last - i, rest, depth, a, b, emit);
     else
-      outer_tile<rows / 2, vectors, tail>(i, c, last - i, rest, depth, a, b, ldb, emit);
+      outer_tile<rows / 2, vectors, tail>(i, c, last - i, rest, depth, a, b, emit);
   }
 }
 
-// C[i, :] = sum_k A(i, k) B[k, :] for the rows [first, last): emit(i, c, vector, n) takes the n elements from column c
-// on.
-template <class T, class Emit>
-FBK_INLINE void outer(int64_t first, int64_t last, int64_t cols, int64_t depth, Strided<T> a, const T* b, int64_t ldb,
-                      Emit emit) {
+// C[i, :] = sum_k A(i, k) B[k, :] for the rows [first, last) of C: b(k) points to a row, emit(i, c, vector, n) takes
+// the n elements from column c on.
+template <class T, class B, class Emit>
+FBK_INLINE void outer(int64_t first, int64_t last, int64_t cols, int64_t depth, Strided<T> a, B b, Emit emit) {
   constexpr int width = bytes / int(sizeof(T)), most = lanes == 16 ? 4 : 2;
   int64_t c = 0;
-  for (; c + most * width <= cols; c += most * width)
-    outer_columns<most, false>(first, last, c, 0, depth, a, b, ldb, emit);
+  for (; c + most * width <= cols; c += most * width) outer_columns<most, false>(first, last, c, 0, depth, a, b, emit);
   int64_t rest = cols % width;
   if constexpr (most == 4)
     if (c + 2 * width <= cols) {
-      outer_columns<2, false>(first, last, c, 0, depth, a, b, ldb, emit);
+      outer_columns<2, false>(first, last, c, 0, depth, a, b, emit);
       c += 2 * width;
     }
   if (cols - c > width) {
-    outer_columns<2, true>(first, last, c, rest, depth, a, b, ldb, emit);
+    outer_columns<2, true>(first, last, c, rest, depth, a, b, emit);
   } else if (cols - c == width) {
-    outer_columns<1, false>(first, last, c, 0, depth, a, b, ldb, emit);
+    outer_columns<1, false>(first, last, c, 0, depth, a, b, emit);
   } else if (c < cols) {
-    outer_columns<1, true>(first, last, c, rest, depth, a, b, ldb, emit);
+    outer_columns<1, true>(first, last, c, rest, depth, a, b, emit);
   }
 }
 

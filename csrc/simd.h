@@ -30,8 +30,9 @@ typedef double f64v __attribute__((vector_size(bytes)));
 FBK_INLINE f32v to_float(i32v a) { return __builtin_convertvector(a, f32v); }
 FBK_INLINE i32v as_int(f32v a) { return (i32v)a; }
 FBK_INLINE f32v as_float(i32v a) { return (f32v)a; }
-FBK_INLINE f32v broadcast(float a) { return f32v{} + a; }
-FBK_INLINE f64v broadcast(double a) { return f64v{} + a; }
+// a - 0 and not a + 0, which is another number where a is -0, so that the compiler would add
+FBK_INLINE f32v broadcast(float a) { return a - f32v{}; }
+FBK_INLINE f64v broadcast(double a) { return a - f64v{}; }
 FBK_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 FBK_INLINE f32v min(f32v a, f32v b) { return a < b ? a : b; }
 FBK_INLINE f32v abs(f32v a) { return (f32v)((u32v)a & 0x7fffffffu); }

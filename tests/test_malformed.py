@@ -33,6 +33,14 @@ def unpool() -> dict[str, Any]:
     return {"delta": delta, "winner": winner, "out": out, "sizes": (3, 3, 2, 2, 1, 1), "threads": 2, "simd": ""}
 
 
+def conv_gradient() -> dict[str, Any]:
+    delta = torch.randn(3, 3, 3, 7)  # of maps [6, 5], behind a 3x3 kernel over 4 channels
+    winner = torch.full(delta.shape, 4, dtype=torch.uint8)
+    out = {"weight_gradient": torch.empty(7, 4, 3, 3), "bias_gradient": torch.empty(7)}
+    where = {"geometry": (1, 1, 1, 1, 1, 1), "sizes": (3, 3, 2, 2, 1, 1), "threads": 2, "simd": ""}
+    return {"delta": delta, "winner": winner, "x": torch.randn(3, 6, 5, 4), **out, **where}
+
+
 def feedback_update() -> dict[str, Any]:
     G = torch.randn(4, 6)
     key = {"step": STEP, "predicted_step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "rademacher", "offset": 0}
@@ -55,6 +63,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "philox": lambda: {"counter": [1, 2, 3, 4], "key": [5, 6]},
     "pointwise": pointwise,
     "unpool": unpool,
+    "conv_gradient": conv_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
 }
