@@ -109,8 +109,10 @@ def streams(
 
 
 def defer(net: Feedback, deferred: Deferred, pending: FeedbackPoint | None) -> Streams:
-    # it requires grad like what it stands for, so that check() notices a custom autograd.Function
-    wait = streams(net, deferred.source.clean.new_empty(0, requires_grad=deferred.grad), None, pending)
+    # it requires grad where what it stands for does, so that check() notices a custom autograd.Function
+    args = (deferred.source.clean, *deferred.calls[0][2])
+    grad = deferred.grad and not net.warming and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+    wait = streams(net, deferred.source.clean.new_empty(0, requires_grad=grad), None, pending)
     wait.deferred = deferred
     return wait
 

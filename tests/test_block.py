@@ -1,0 +1,183 @@
+"""Direct feedback on the cpp backend: whole training steps, as exact as those of torch's own float32 operators."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fbkernels as fb
+from fbkernels import ops
+
+CL = torch.channels_last
+
+
+def net(*layers: nn.Module, features: int) -> nn.Sequential:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 9), nn.Sigmoid(), nn.Linear(9, 5))
+
+
+class Functional(nn.Module):
+    """Functions in place of modules, an in-place one among them; a residual block; an activity that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.c, self.out = nn.Conv2d(8, 6, 3, stride=2), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(F.relu(self.a(x), inplace=True), 2)
+        h = torch.tanh(self.b(h)) + h
+        z = self.c(F.interpolate(h, scale_factor=2.0))
+        return self.out(F.avg_pool2d(torch.sigmoid(z), 2).flatten(1))
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "max": lambda: net(
+        nn.Conv2d(3, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 7, 3), nn.Tanh(), nn.MaxPool2d(2), features=28
+    ),
+    "pool first": lambda: net(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2, 1), nn.GELU(), nn.Conv2d(8, 4, 1), nn.AvgPool2d(3), nn.ReLU(), features=36
+    ),
+    "gelu": lambda: net(
+        nn.Conv2d(3, 8, 3, bias=False), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.GELU(), nn.AvgPool2d(2), features=16
+    ),
+    "norm": lambda: net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), features=200),
+    "stride": lambda: net(nn.Conv2d(3, 8, 3, stride=2, dilation=2, padding=2), nn.Sigmoid(), nn.MaxPool2d(2), features=72),
+    "groups": lambda: net(nn.Conv2d(3, 9, 3, groups=3, padding="same"), nn.ReLU(), nn.MaxPool2d(2), features=324),
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 33), nn.GELU(), nn.Linear(33, 17, bias=False), nn.Linear(17, 5)),
+    "functional": Functional,
+}
+RULES: dict[str, Callable[[], fb.Rule]] = {
+    "ridge": lambda: fb.Ridge(10.0),
+    "joint": lambda: fb.Joint(signal="output"),
+    "loss": fb.Joint,
+    "fixed": fb.Fixed,
+}
+
+
+def train(model: nn.Module, dtype: torch.dtype, backend: str, steps: int = 3, **options: Any) -> dict[str, Tensor]:
+    """Gradients, B and W after some steps."""
+    x = torch.randn(steps, 20, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    y = torch.randint(5, (steps, 20), generator=torch.Generator().manual_seed(2))
+    network = fb.convert(copy.deepcopy(model).to(dtype), seed=3, noise_std=0.1, backend=backend, **options)
+    criterion, optimizer = fb.PerturbedLoss(nn.CrossEntropyLoss(), network), torch.optim.SGD(network.parameters(), 0.1)
+    for i in range(steps):
+        optimizer.zero_grad()
+        criterion(network(x[i].to(dtype)), y[i]).backward()
+        optimizer.step()
+    out = {f"gradient of {n}": p.grad for n, p in network.named_parameters() if p.grad is not None}
+    out |= {f"B of {n}": p.B for n, p in fb.points(network).items() if p.B is not None}
+    return out | {n: p.detach() for n, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", NETS)
+def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str) -> None:
+    torch.manual_seed(0)
+    model = NETS[name]()
+    exact = train(model, torch.float64, "reference", rule=RULES[rule]())
+    theirs, ours = (train(model, torch.float32, backend, rule=RULES[rule]()) for backend in ("reference", "cpp"))
+    assert ours.keys() == exact.keys()
+    for key, want in exact.items():
+        error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
+        # two float32 paths that round independently: one is seldom far off where the other is exact, hence the floor of some ulp
+        assert error <= 4 * limit + 30 * 2.0**-24 * want.norm() + 1e-9, (key, float(error), float(limit), float(want.norm()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fraction": 0.35}, {"antithetic": True}, {"fraction": 0.5, "antithetic": True}, {"every": 2}, {"warmup": 2}], ids=str
+)
+@pytest.mark.parametrize("rule", ["ridge", "joint"])
+def test_options_of_the_noise(rule: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = NETS["max"]()
+    for noise in ("gaussian", "rademacher"):
+        options = {**options, "noise": noise, "rule": RULES[rule](), "steps": 4}
+        exact = train(model, torch.float64, "reference", **options)
+        theirs, ours = (train(model, torch.float32, backend, **options) for backend in ("reference", "cpp"))
+        for key, want in exact.items():
+            error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
+            assert error <= 4 * limit + 30 * 2.0**-24 * want.norm() + 1e-9, key
+
+
+def test_the_compiled_block_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = NETS["max"](), []
+    for name in ("perturbed_pointwise", "pooled_weight_gradient", "feedback", "feedback_update"):
+        run = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, run=run, name=name, **k: (calls.append(name), run(*a, **k))[1])
+    train(model, torch.float32, "auto", steps=2, rule=fb.Joint(signal="output"))
+    points = 3
+    assert calls.count("perturbed_pointwise") == 2 * points
+    assert calls.count("feedback") == 2 * points
+    assert calls.count("pooled_weight_gradient") == 2 * 1  # 8 x 3 x 3 = 72 terms are too few, see sparse_gradient
+    assert calls.count("feedback_update") == 2 * points  # with the prediction of the second step, and the flush at the end
+
+
+def test_memory_format_and_thread_count_change_nothing() -> None:
+    torch.manual_seed(0)
+    model = NETS["max"]()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for t, format in ((1, torch.contiguous_format), (1, CL), (2, CL)):
+            torch.set_num_threads(t)
+            results.append(train(model.to(memory_format=format), torch.float32, "cpp", rule=fb.Joint(signal="output")))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for key, want in results[0].items():
+            # torch's own products and convolutions round differently with another number of threads
+            torch.testing.assert_close(other[key], want, rtol=0, atol=50 * 2.0**-23 * float(want.abs().max()))
+
+
+def test_bfloat16() -> None:
+    torch.manual_seed(0)
+    model = NETS["max"]()
+    exact = train(model, torch.float64, "reference", steps=1, rule=fb.Fixed())
+    theirs, ours = (train(model, torch.bfloat16, backend, steps=1, rule=fb.Fixed()) for backend in ("reference", "cpp"))
+    for key, want in exact.items():
+        assert ours[key].dtype == theirs[key].dtype
+        error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
+        assert error <= 2 * limit + 2.0**-9 * want.norm(), key
+
+
+def test_frozen_layers_get_no_gradient() -> None:
+    model = NETS["norm"]()
+    model[0].requires_grad_(False)
+    model[5].weight.requires_grad_(False)
+    gradients = train(model, torch.float32, "cpp", rule=fb.Fixed())
+    assert not {"gradient of 0.weight", "gradient of 0.bias", "gradient of 5.weight"} & gradients.keys()
+    assert {"gradient of 1.weight", "gradient of 5.bias"} <= gradients.keys()
+
+
+def test_autocast_and_double_run_in_torch() -> None:
+    model = NETS["max"]()
+    network = fb.convert(model, rule=fb.Ridge())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), network)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(network(torch.randn(4, 3, 12, 12)), torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_shapes_are_known_before_the_point() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Conv2d(2, 6, 3), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.a(x)
+            assert (z.shape, z.dtype, len(z)) == ((5, 6, 4, 4), torch.float32, 5)
+            h = F.max_pool2d(torch.relu(z), 2)
+            assert h.size(2) == 2
+            return self.out(h.flatten(1))
+
+    network = fb.convert(Watched(), rule=fb.Fixed())
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), network)(network(torch.randn(5, 2, 6, 6)), torch.tensor([0, 1, 2, 0, 1])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
