@@ -83,7 +83,7 @@ struct MlpScratch {
       take(slope[l], layer.units * pad);
       take(h_rows[l], layer.units * n);
       take(delta[l], layer.units * pad);
-      take(noise[l], layer.units * n);
+      take(noise[l], (layer.units + 3) / 4 * 4 * n);
       take(xi[l], layer.units * pad);
       take(residual[l], layer.units * pad);
     }

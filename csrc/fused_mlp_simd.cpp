@@ -72,7 +72,7 @@ struct Run {
   const int thread, threads;
   const int last = p.layers - 1;
   const int64_t pad = s.pad, columns = s.columns, batch = p.batch;
-  const float** row = s.row + thread * batch;
+  const float** row = s.row + thread * batch;  // the samples of the step
   unsigned reached = 0;
   int64_t step = p.step;
 
@@ -93,11 +93,14 @@ struct Run {
   bool hidden(int l) const { return l < last; }
   const float* regressor(int r) const { return p.layerwise ? s.delta[r + 1] : s.error; }
 
+  // rows of noise are padded to whole counters, which changes no number and spares the generator the odd ends
+  int64_t noise_row(int l) const { return (p.layer[l].units + 3) / 4 * 4; }
+
   // the noise of a step at every point, by counters
   void make_noise(int64_t of_step) const {
     if (!p.perturbs()) return;
     for (int l = 0; l < last; ++l) {
-      NoiseParams n{s.noise[l], &of_step, p.seed, uint32_t(l), p.noise_std, batch, p.layer[l].units, 0};
+      NoiseParams n{s.noise[l], &of_step, p.seed, uint32_t(l), p.noise_std, batch, noise_row(l), 0};
       Range own = share(batch * n.per_sample(p.noise));
       if (own.size()) fbk::FBK_SIMD::noise(n, p.noise, own.first, own.last);
     }
@@ -140,7 +143,7 @@ struct Run {
             Rows{s.h[l - 1], columns}, [=](int64_t i, int64_t c, f32v z, int64_t) { store(h + i * stride + c, z); });
     }
     if (hidden(l) && p.perturbs())
-      transpose(batch, own.size(), Rows{s.noise[l] + own.first, layer.units}, s.xi[l] + own.first * pad, pad);
+      transpose(batch, own.size(), Rows{s.noise[l] + own.first, noise_row(l)}, s.xi[l] + own.first * pad, pad);
     switch (layer.activation) {
       case Activation::identity:
         activate<Activation::identity>(l, own);
@@ -192,7 +195,7 @@ struct Run {
         }
       } else {
         // L~ - L = log(1 + sum_j softmax(y)_j (exp(d_j - d_t) - 1)) with d = y~ - y, t the class
-        f32v top = load(y), sum{}, ratio{}, chosen{}, moved{};
+        f32v top = load(y), sum{}, ratio{}, chosen{}, moved{}, others{};
         for (int64_t j = 0; j < outputs; ++j) {
           f32v z = load(y + j * columns);
           top = max(z, top);
@@ -203,7 +206,13 @@ struct Run {
         for (int64_t j = 0; j < outputs; ++j) {
           f32v z = load(y + j * columns), d = load(perturbed + j * columns) - z, q = fbk::exp(z - top) / sum;
           ratio = mul_add(q, expm1(d - moved), ratio);
-          store(s.error + c + j * pad, (label == int32_t(j) ? q - 1.0f : q) + poison);
+          others += label == int32_t(j) ? f32v{} : q;
+          store(s.error + c + j * pad, q + poison);
+        }
+        // of the class itself not q - 1: e sums to zero, and the ridge would follow what is left of it
+        for (int64_t j = 0; j < outputs; ++j) {
+          float* e = s.error + c + j * pad;
+          store(e, label == int32_t(j) ? poison - others : load(e));
         }
         for (int i = 0; i < lanes; ++i) {
           loss[i] = float(std::log(double(sum[i])));
@@ -363,18 +372,27 @@ struct Run {
   }
 
   // The same from P = V^-1, which the N x N matrix I + R P R^T takes down to its next value; cheap where N < m.
-  // U = P R^T
-  void project(int r) const {
+  // U = P R^T, and before it what is left of the step before: P <- P - T^T T, while these rows of P are in the cache.
+  void project(int r, bool pending) const {
+    constexpr int64_t block = 24, deep = 112;
     const int64_t m = p.layer[r].regressors, stride = pad;
     Range own = share(m);
-    double *R = s.R[r], *U = s.U[r], *Ut = s.Ut[r];
-    outer(
-        own.first, own.last, batch, m, Strided<double>{p.layer[r].statistics, m, 1},
-        [=](int64_t k) { return R + k * stride; },
-        [=](int64_t i, int64_t c, f64v v, int64_t n) {
-          put(U + i * stride + c, v, n);
-          for (int64_t k = 0; k < n; ++k) Ut[(c + k) * m + i] = v[k];
-        });
+    double *R = s.R[r], *U = s.U[r], *Ut = s.Ut[r], *P = p.layer[r].statistics;
+    for (int64_t i0 = own.first; i0 < own.last; i0 += block) {
+      const int64_t i1 = own.last - i0 < block ? own.last : i0 + block;
+      if (pending) downdate(r, {i0, i1});
+      for (int64_t k0 = 0; k0 < m; k0 += deep) {
+        const int64_t depth = m - k0 < deep ? m - k0 : deep;
+        outer(
+            i0, i1, batch, depth, Strided<double>{P + k0, m, 1}, [=](int64_t k) { return R + (k0 + k) * stride; },
+            [=](int64_t i, int64_t c, f64v v, int64_t n) {
+              if (k0 > 0) v += get(U + i * stride + c, n);
+              put(U + i * stride + c, v, n);
+              if (k0 + depth == m)
+                for (int64_t k = 0; k < n; ++k) Ut[(c + k) * m + i] = v[k];
+            });
+      }
+    }
   }
 
   // S = I + R U
@@ -403,12 +421,11 @@ struct Run {
   }
 
   // P <- P - T^T T
-  void downdate(int r) const {
+  void downdate(int r, Range rows) const {
     const int64_t m = p.layer[r].regressors;
-    Range own = share(m);
     double *P = p.layer[r].statistics, *T = s.T[r];
     outer(
-        own.first, own.last, m, batch, Strided<double>{T, 1, m}, [=](int64_t k) { return T + k * m; },
+        rows.first, rows.last, m, batch, Strided<double>{T, 1, m}, [=](int64_t k) { return T + k * m; },
         [=](int64_t i, int64_t c, f64v v, int64_t n) { put(P + i * m + c, get(P + i * m + c, n) - v, n); });
   }
 
@@ -515,7 +532,7 @@ struct Run {
     if (p.perturbs()) {
       wait();
       if (p.rule == MlpRule::ridge && p.downdate) {
-        for (int r = 0; r < p.regressions(); ++r) project(r);
+        for (int r = 0; r < p.regressions(); ++r) project(r, t > 0);
         wait();
         for (int r = 0; r < p.regressions(); ++r) innovate(r);
         wait();
@@ -524,7 +541,6 @@ struct Run {
         wait();
         for (int r = 0; r < p.regressions(); ++r) gains(r);
         wait();
-        for (int r = 0; r < p.regressions(); ++r) downdate(r);
       }
       for (int l = 0; l < last; ++l) update_feedback(l);
       make_noise(step + 1);
@@ -541,6 +557,8 @@ void fused_mlp(const FusedMlpParams& p, const MlpScratch& s, int thread, int thr
   run.make_noise(p.step);
   run.wait();
   for (int64_t t = 0; t < p.steps; ++t) run.one(t);
+  if (p.rule == MlpRule::ridge && p.downdate)
+    for (int r = 0; r < p.regressions(); ++r) run.downdate(r, run.share(p.layer[r].regressors));
 }
 
 }  // namespace fbk::FBK_SIMD

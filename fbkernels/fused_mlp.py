@@ -135,6 +135,7 @@ class FusedMLP:
         orders = () if not isinstance(rule, Ridge) else regressors if feedback == "layerwise" else regressors[:1]
         self._V = tuple(rule.gamma * torch.eye(m, dtype=torch.float64) for m in orders) if isinstance(rule, Ridge) else ()
         self._inverted = False  # whether _V holds P = V^-1, which is cheaper to keep than V where a batch is small
+        self._chunk = 1024  # samples between two looks for Ctrl-C
         self._simd = ""
         self._order: tuple[int, int, Tensor] = (-1, -1, torch.empty(0))  # epoch, samples, their order
 
@@ -181,15 +182,15 @@ class FusedMLP:
         integer("every", every, 1)
         self._choose_statistics(batch_size)
         losses = torch.empty(steps, dtype=torch.float64)
-        done, chunk = 0, 1
+        done = 0
         while done < steps:
-            count = min(chunk, steps - done)
+            count = min(max(1, self._chunk // batch_size), steps - done)
             if progress is not None:
                 count = min(count, every - done % every)
             start = time.perf_counter()
             self._run(x, y, self._rows(self.step, count, batch_size, len(x)), losses[done : done + count])
             seconds = time.perf_counter() - start
-            chunk = min(max(1, int(_CHUNK / seconds * count)), 4 * chunk)
+            self._chunk = min(int(_CHUNK / seconds * count) + 1, 4 * count) * batch_size
             done += count
             if progress is not None and (done % every == 0 or done == steps):
                 progress(self.step, losses[:done])
