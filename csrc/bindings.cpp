@@ -365,6 +365,8 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
   fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;
   fbk::conv_gradient_cpu(p, path, threads);
+}
+
 using Views = std::vector<TensorView>;
 
 static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
