@@ -15,15 +15,22 @@ FBK_INLINE f32v polynomial(f32v x, const float (&c)[N]) {
   return sum;
 }
 
-FBK_INLINE f32v exp(f32v x) {
+// e^r - 1 for |r| <= ln 2 / 2
+FBK_INLINE f32v small_expm1(f32v r) {
   constexpr float c[] = {5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f,
                          8.3334519073e-3f, 1.3981999507e-3f, 1.9875691500e-4f};
+  return mul_add(polynomial(r, c), r * r, r);
+}
+
+FBK_INLINE f32v exp(f32v x) {
   x = min(max(x, broadcast(-87.0f)), broadcast(88.0f));
   // 2^n e^r with |r| <= ln 2 / 2; adding 1.5 * 2^23 rounds to an integer
   f32v n = mul_add(x, broadcast(0x1.715476p+0f), broadcast(0x1.8p23f)) - 0x1.8p23f;
   f32v r = mul_add(n, broadcast(-0x1.7f7d1cp-20f), mul_add(n, broadcast(-0x1.62e400p-1f), x));
-  return (mul_add(polynomial(r, c), r * r, r) + 1.0f) * as_float((__builtin_convertvector(n, i32v) + 127) << 23);
+  return (small_expm1(r) + 1.0f) * as_float((__builtin_convertvector(n, i32v) + 127) << 23);
 }
+
+FBK_INLINE f32v expm1(f32v x) { return abs(x) < 0.34f ? small_expm1(x) : exp(x) - 1.0f; }
 
 FBK_INLINE f32v with_sign(f32v magnitude, f32v sign) {
   return as_float(as_int(magnitude) | (as_int(sign) & int32_t(0x80000000)));

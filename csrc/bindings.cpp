@@ -15,6 +15,7 @@
 #include "build_config.h"
 #include "conv_gradient.h"
 #include "feedback.h"
+#include "fused_mlp.h"
 #include "noise.h"
 #include "pointwise.h"
 #include "tensor_view.h"
@@ -366,6 +367,113 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
   fbk::conv_gradient_cpu(p, path, threads);
 }
 
+using Views = std::vector<TensorView>;
+
+static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
+                         const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
+                         double forgetting, bool downdate, const std::string& optimizer, double lr, double noise_std,
+                         const std::string& noise, uint64_t seed, int64_t warmup, const Views& weights,
+                         const Views& biases, const Views& weight_state, const Views& bias_state, const Views& B,
+                         const Views& statistics, const TensorView& x, const TensorView& y, const TensorView& rows,
+                         const TensorView& losses, int64_t step, int threads, const std::string& simd) {
+  auto positive = [](const char* name, double v) {
+    require(std::isfinite(float(v)) && v > 0, std::string(name) + " must be finite and > 0, got " + std::to_string(v));
+  };
+  fbk::FusedMlpParams p{};
+  require(sizes.size() >= 3 && sizes.size() <= fbk::FusedMlpParams::max_layers + 1,
+          "sizes must have 3 to " + std::to_string(fbk::FusedMlpParams::max_layers + 1) + " entries, got " +
+              std::to_string(sizes.size()));
+  for (int64_t n : sizes) require(n >= 1 && n <= INT32_MAX, "sizes must be in [1, 2^31), got " + std::to_string(n));
+  p.layers = int(sizes.size()) - 1;
+  const size_t layers = size_t(p.layers), hidden = layers - 1;
+  p.loss = named<fbk::Loss>("loss", loss, {"mse", "cross_entropy"});
+  p.rule =
+      named<fbk::MlpRule>("rule", rule, {"ridge", "lms", "joint_loss", "joint_output", "fixed", "weight_transport"});
+  p.optimizer = named<fbk::Optimizer>("optimizer", optimizer, {"sgd", "momentum", "adam"});
+  p.noise = named<NoiseKind>("noise", noise, {"gaussian", "rademacher"});
+  require(p.rule != fbk::MlpRule::joint_output || !layerwise, "rule 'joint_output' needs direct feedback");
+  require(p.rule != fbk::MlpRule::weight_transport || layerwise, "rule 'weight_transport' needs layerwise feedback");
+  positive("lr", lr), positive("noise_std", noise_std), positive("rule_rate", rule_rate);
+  require(forgetting > 0 && forgetting <= 1, "forgetting must be in (0, 1], got " + std::to_string(forgetting));
+  require(!downdate || forgetting == 1, "downdate needs forgetting = 1");
+  require(warmup >= 0 && step >= 0 && step < INT64_MAX / 2, "warmup and step must be >= 0");
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  p.layerwise = layerwise, p.downdate = downdate, p.rule_rate = rule_rate, p.forgetting = forgetting;
+  p.lr = float(lr), p.noise_std = float(noise_std), p.seed = seed, p.step = step, p.warmup = warmup;
+
+  const bool ridge = p.rule == fbk::MlpRule::ridge, has_B = p.rule != fbk::MlpRule::weight_transport;
+  const size_t states = p.optimizer == fbk::Optimizer::sgd ? 0 : layers;
+  auto count = [](const char* name, size_t got, size_t expected) {
+    require(got == expected,
+            std::string(name) + " must have " + std::to_string(expected) + " entries, got " + std::to_string(got));
+  };
+  count("activations", activations.size(), layers), count("weights", weights.size(), layers);
+  count("biases", biases.size(), layers), count("weight_state", weight_state.size(), states);
+  count("bias_state", bias_state.size(), states), count("B", B.size(), has_B ? hidden : 0);
+  count("statistics", statistics.size(), !ridge ? 0 : layerwise ? hidden : 1);
+  auto single = [](const char* name, const TensorView& t, const std::vector<int64_t>& shape) {
+    expect(name, t, shape, fbk::dl_float, 32);
+    return t.ptr<float>();
+  };
+  const int64_t copies = p.optimizer == fbk::Optimizer::adam ? 2 : 1, outputs = sizes.back();
+  for (size_t l = 0; l < layers; ++l) {
+    fbk::MlpLayer& layer = p.layer[l];
+    int64_t inputs = layer.inputs = sizes[l], units = layer.units = sizes[l + 1];
+    layer.activation =
+        named<fbk::Activation>("activations", activations[l], {"identity", "relu", "tanh", "sigmoid", "gelu"});
+    layer.weight = single("weights", weights[l], {units, inputs});
+    layer.bias = single("biases", biases[l], {units});
+    if (states) {
+      layer.weight_state = single("weight_state", weight_state[l], {copies, units, inputs});
+      layer.bias_state = single("bias_state", bias_state[l], {copies, units});
+    }
+    if (l == hidden) break;
+    int64_t m = layer.regressors = layerwise ? sizes[l + 2] : outputs;
+    if (has_B) layer.B = single("B", B[l], {units, m});
+    if (l < statistics.size()) {
+      expect("statistics", statistics[l], {m, m}, fbk::dl_float, 64);
+      layer.statistics = statistics[l].ptr<double>();
+    }
+  }
+  require(p.loss == fbk::Loss::mse || p.layer[hidden].activation == fbk::Activation::identity,
+          "cross_entropy needs an identity output");
+
+  require(x.ndim == 2 && y.ndim >= 1 && rows.ndim == 2, "x and rows must be matrices");
+  const int64_t samples = x.shape[0];
+  p.x = single("x", x, {samples, sizes[0]});
+  if (y.ndim == 1 || p.loss == fbk::Loss::cross_entropy) {
+    expect("y", y, {samples}, fbk::dl_int, 64);
+    p.labels = y.ptr<int64_t>();
+  } else {
+    p.target = single("y", y, {samples, outputs});
+  }
+  p.steps = rows.shape[0], p.batch = rows.shape[1];
+  expect("rows", rows, {p.steps, p.batch}, fbk::dl_int, 64);
+  expect("losses", losses, {p.steps}, fbk::dl_float, 64);
+  p.rows = rows.ptr<int64_t>(), p.losses = losses.ptr<double>();
+  require(p.batch >= 1 && p.batch <= INT32_MAX, "a batch must have 1 to 2^31 - 1 samples");
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    require(p.rows[i] >= 0 && p.rows[i] < samples,
+            "rows must be in [0, " + std::to_string(samples) + "), got " + std::to_string(p.rows[i]));
+    if (p.labels != nullptr) {
+      int64_t label = p.labels[p.rows[i]];
+      require(label >= 0 && label < outputs,
+              "y must be classes in [0, " + std::to_string(outputs) + "), got " + std::to_string(label));
+    }
+  }
+  fbk::Simd path = simd_named(simd);
+  if (p.steps == 0) return 0;
+  py::gil_scoped_release release;
+  return fbk::fused_mlp_cpu(p, path, threads);
+}
+
+static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {
+  require(out.ndim == 1 && out.shape[0] <= int64_t(UINT32_MAX), "out must be a vector of less than 2^32 elements");
+  expect("out", out, {out.shape[0]}, fbk::dl_int, 64);
+  py::gil_scoped_release release;
+  fbk::shuffle_cpu(out.ptr<int64_t>(), out.shape[0], seed, epoch);
+}
+
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
   auto [w] = fbk::philox(fbk::Words<uint32_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
   return {w[0], w[1], w[2], w[3]};
@@ -416,6 +524,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_gradient", &conv_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a, "bias_gradient"_a,
         "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "The weight and bias gradient of a convolution from the winners of its max-pool.");
+  m.def("fused_mlp", &fused_mlp, py::kw_only(), "sizes"_a, "activations"_a, "loss"_a, "layerwise"_a, "rule"_a,
+        "rule_rate"_a, "forgetting"_a, "downdate"_a, "optimizer"_a, "lr"_a, "noise_std"_a, "noise"_a, "seed"_a,
+        "warmup"_a, "weights"_a, "biases"_a, "weight_state"_a, "bias_state"_a, "B"_a, "statistics"_a, "x"_a, "y"_a,
+        "rows"_a, "losses"_a, "step"_a, "threads"_a = 1, "simd"_a = "",
+        "Trains in place for a step per row of rows; returns how many samples were not finite.");
+  m.def("shuffle", &shuffle, "out"_a, "seed"_a, "epoch"_a, "Fills out (int64) with the order of an epoch.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
   m.def("build_info", &build_info);

@@ -68,6 +68,37 @@ def conv_gradient(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
+def fused_mlp(
+    *,
+    sizes: Sequence[int],
+    activations: Sequence[str],
+    loss: str,
+    layerwise: bool,
+    rule: str,
+    rule_rate: float,
+    forgetting: float,
+    downdate: bool,
+    optimizer: str,
+    lr: float,
+    noise_std: float,
+    noise: str,
+    seed: int,
+    warmup: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weight_state: Sequence[Tensor],
+    bias_state: Sequence[Tensor],
+    B: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    losses: Tensor,
+    step: int,
+    threads: int = 1,
+    simd: str = "",
+) -> int: ...
+def shuffle(out: Tensor, seed: int, epoch: int) -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def simd_paths() -> list[str]: ...
 def build_info() -> dict[str, Any]: ...

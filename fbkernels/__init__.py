@@ -2,6 +2,7 @@
 
 from fbkernels import functional, metrics
 from fbkernels.convert import convert, flush, points, revert, summary
+from fbkernels.fused_mlp import FusedMLP
 from fbkernels.loss import PerturbedLoss
 from fbkernels.nn import Conv2d, Linear
 from fbkernels.ops import backends, build_info
@@ -29,6 +30,7 @@ __all__ = [
     "Conv2d",
     "FeedbackPoint",
     "Fixed",
+    "FusedMLP",
     "Joint",
     "KolenPollack",
     "Linear",
