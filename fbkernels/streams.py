@@ -83,7 +83,7 @@ class Streams(Tensor):
     def check(self) -> None:
         """torch shows a custom autograd.Function to nobody: its output is a Streams whose clean tensor has lost its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
-            if self.deferred is None and self.requires_grad and not self.clean.requires_grad and not self.net.warming:
+            if self.deferred is None and self.requires_grad and not self.clean.requires_grad:
                 raise ValueError("a custom autograd.Function hides the second stream and loses its own gradient: use torch functions")
 
     @classmethod
