@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import random
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def order(seed: int, samples: int, steps: int, batch: int) -> Tensor:
 
 
 def modules(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int, batch: int, dtype: torch.dtype) -> tuple[list[Tensor], int]:
-    """What the modules and a torch optimiser make of it: losses, then parameters, then B; and how many samples were skipped."""
+    """What the modules and a torch optimiser make of it: losses, then layers, then B; and how many samples were skipped."""
     model = net.to_module().to(dtype)
     options: dict[str, Any] = {"noise_std": net.noise_std, "noise": net.noise, "seed": net.seed, "warmup": net.warmup}
     converted = fb.convert(model, feedback=net.feedback, rule=copy.deepcopy(net.rule), **options)
@@ -58,11 +58,15 @@ def modules(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int, batch: int, dtyp
     skipped = int(converted.feedback.skipped)  # type: ignore[arg-type, union-attr]
     fb.flush(converted)
     B = [point.B for point in fb.points(converted).values()]
-    return [torch.stack(losses), *(p.detach() for p in parameters), *(b.detach() for b in B if b is not None)], skipped
+    return [torch.stack(losses), *layers(parameters[::2], parameters[1::2]), *(b.detach() for b in B if b is not None)], skipped
+
+
+def layers(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat((W, b[:, None]), 1).detach() for W, b in zip(weights, biases, strict=True)]
 
 
 def learned(net: fb.FusedMLP, losses: Tensor) -> list[Tensor]:
-    return [losses, *itertools.chain(*zip(net.weights, net.biases, strict=True)), *net.B]
+    return [losses, *layers(net.weights, net.biases), *net.B]
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -73,9 +77,10 @@ def assert_equal_to_modules(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int, 
     exact, _ = modules(net, x, y, steps, batch, torch.float64)
     single, _ = modules(net, x, y, steps, batch, torch.float32)
     mine = learned(net, net.fit(x, y, steps=steps, batch_size=batch))
-    # Both deviations are random, and that of a small tensor can be zero. The scale is the worst of theirs, or what a rounding of both
-    # outputs does to their difference, which is the noise; ours may be twice that, and twice again since the modules form the loss in float64.
-    scale = max(2 * EPS / net.noise_std, *(distance(s, e) for s, e in zip(single, exact, strict=True)))
+    # Both deviations are random, and that of a small tensor can be zero. The scale is the worst of theirs, or what one rounding a layer
+    # in both streams does to the outputs' difference, which is the noise. Ours may be twice that, and twice again as the modules form
+    # losses in float64.
+    scale = max(2 * len(net.weights) * EPS / net.noise_std, *(distance(s, e) for s, e in zip(single, exact, strict=True)))
     for m, e in zip(mine, exact, strict=True):
         assert distance(m, e) <= 4 * scale
 
