@@ -369,13 +369,13 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
 
 using Views = std::vector<TensorView>;
 
-static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
-                         const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
-                         double forgetting, bool downdate, const std::string& optimizer, double lr, double noise_std,
-                         const std::string& noise, uint64_t seed, int64_t warmup, const Views& weights,
-                         const Views& biases, const Views& weight_state, const Views& bias_state, const Views& B,
-                         const Views& statistics, const TensorView& x, const TensorView& y, const TensorView& rows,
-                         const TensorView& losses, int64_t step, int threads, const std::string& simd) {
+static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
+                      const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
+                      double forgetting, bool downdate, const std::string& optimizer, double lr, double noise_std,
+                      const std::string& noise, uint64_t seed, int64_t warmup, const Views& weights,
+                      const Views& biases, const Views& weight_state, const Views& bias_state, const Views& B,
+                      const Views& statistics, const TensorView& x, const TensorView& y, const TensorView& rows,
+                      const TensorView& losses, const TensorView& counters, int threads, const std::string& simd) {
   auto positive = [](const char* name, double v) {
     require(std::isfinite(float(v)) && v > 0, std::string(name) + " must be finite and > 0, got " + std::to_string(v));
   };
@@ -396,6 +396,8 @@ static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<st
   positive("lr", lr), positive("noise_std", noise_std), positive("rule_rate", rule_rate);
   require(forgetting > 0 && forgetting <= 1, "forgetting must be in (0, 1], got " + std::to_string(forgetting));
   require(!downdate || forgetting == 1, "downdate needs forgetting = 1");
+  expect("counters", counters, {2}, fbk::dl_int, 64);
+  const int64_t step = counters.ptr<int64_t>()[0];
   require(warmup >= 0 && step >= 0 && step < INT64_MAX / 2, "warmup and step must be >= 0");
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
   p.layerwise = layerwise, p.downdate = downdate, p.rule_rate = rule_rate, p.forgetting = forgetting;
@@ -462,9 +464,10 @@ static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<st
     }
   }
   fbk::Simd path = simd_named(simd);
-  if (p.steps == 0) return 0;
+  if (p.steps == 0) return;
   py::gil_scoped_release release;
-  return fbk::fused_mlp_cpu(p, path, threads);
+  counters.ptr<int64_t>()[1] += fbk::fused_mlp_cpu(p, path, threads);
+  counters.ptr<int64_t>()[0] += p.steps;
 }
 
 static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {
@@ -527,8 +530,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fused_mlp", &fused_mlp, py::kw_only(), "sizes"_a, "activations"_a, "loss"_a, "layerwise"_a, "rule"_a,
         "rule_rate"_a, "forgetting"_a, "downdate"_a, "optimizer"_a, "lr"_a, "noise_std"_a, "noise"_a, "seed"_a,
         "warmup"_a, "weights"_a, "biases"_a, "weight_state"_a, "bias_state"_a, "B"_a, "statistics"_a, "x"_a, "y"_a,
-        "rows"_a, "losses"_a, "step"_a, "threads"_a = 1, "simd"_a = "",
-        "Trains in place for a step per row of rows; returns how many samples were not finite.");
+        "rows"_a, "losses"_a, "counters"_a, "threads"_a = 1, "simd"_a = "",
+        "Trains in place for a step per row of rows; counters are the steps and the samples that were not finite.");
   m.def("shuffle", &shuffle, "out"_a, "seed"_a, "epoch"_a, "Fills out (int64) with the order of an epoch.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");

@@ -115,8 +115,7 @@ class FusedMLP:
         kind = torch.device(device).type
         if kind != "cpu":
             raise RuntimeError(f"device must be 'cpu', got {str(device)!r}: FusedMLP has no kernels for {kind} yet")
-        self.step = 0
-        self.skipped = 0
+        self._counters = torch.zeros(2, dtype=torch.int64)  # advanced in compiled code, which Ctrl-C cannot part from the weights
 
         shapes = list(zip(self.sizes[1:], self.sizes[:-1], strict=True))
         generator = torch.Generator().manual_seed(self.seed)
@@ -138,6 +137,14 @@ class FusedMLP:
         self._chunk = 1024  # samples between two looks for Ctrl-C
         self._simd = ""
         self._order: tuple[int, int, Tensor] = (-1, -1, torch.empty(0))  # epoch, samples, their order
+
+    @property
+    def step(self) -> int:
+        return int(self._counters[0])
+
+    @property
+    def skipped(self) -> int:
+        return int(self._counters[1])
 
     @property
     def B(self) -> tuple[Tensor, ...]:
@@ -199,7 +206,8 @@ class FusedMLP:
     def _run(self, x: Tensor, y: Tensor, rows: Tensor, losses: Tensor) -> None:
         rule = self.rule
         name = {Ridge: "ridge", LMS: "lms", Fixed: "fixed", WeightTransport: "weight_transport"}.get(type(rule))
-        skipped = _C.fused_mlp(
+        before = self.skipped
+        _C.fused_mlp(
             sizes=self.sizes,
             activations=self.activations,
             loss=self.loss,
@@ -224,14 +232,12 @@ class FusedMLP:
             y=y,
             rows=rows,
             losses=losses,
-            step=self.step,
+            counters=self._counters,
             threads=torch.get_num_threads(),
             simd=self._simd,
         )
-        self.step += len(rows)
-        if skipped and not self.skipped:
-            warnings.warn(f"{skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
-        self.skipped += skipped
+        if self.skipped and not before:
+            warnings.warn(f"{self.skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
 
     def _rows(self, step: int, steps: int, batch: int, samples: int) -> Tensor:
         first, last = step * batch, (step + steps) * batch
@@ -323,13 +329,14 @@ class FusedMLP:
             "P" if self._inverted else "V": self._V,
             "weight_state": self._weight_state,
             "bias_state": self._bias_state,
+            "counters": (self._counters,),
         }
         return {f"{name}.{i}": t for name, group in groups.items() for i, t in enumerate(group)}
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything that training changes; with the same data and settings a loaded network goes on bit for bit."""
         tensors = {name: t.clone() for name, t in self._tensors().items()}
-        return tensors | {"step": self.step, "skipped": self.skipped, "seed": self.seed, "method": self._method()}
+        return tensors | {"seed": self.seed, "method": self._method()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a ``state_dict()``, seed included; lr, noise, warm-up and the rule's own settings stay this network's.
@@ -347,8 +354,8 @@ class FusedMLP:
             if not isinstance(new, Tensor) or new.shape != t.shape or new.dtype != t.dtype:
                 got = f"{new.dtype} {list(new.shape)}" if isinstance(new, Tensor) else repr(new)
                 raise ValueError(f"state[{name!r}] must be {t.dtype} {list(t.shape)}, got {got}")
-        step, skipped, seed = (integer(f"state[{name!r}]", state.get(name, -1), 0) for name in ("step", "skipped", "seed"))
+        seed = integer("state['seed']", state.get("seed", -1), 0)
         for name, t in own.items():
             t.copy_(state[name])
-        self.step, self.skipped, self.seed, self._inverted = step, skipped, seed, inverted
+        self.seed, self._inverted = seed, inverted
         self._order = (-1, -1, torch.empty(0))
