@@ -18,6 +18,7 @@
 #include "fused_mlp.h"
 #include "noise.h"
 #include "pointwise.h"
+#include "ridge_gain.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -477,6 +478,40 @@ static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {
   fbk::shuffle_cpu(out.ptr<int64_t>(), out.shape[0], seed, epoch);
 }
 
+static void ridge_gain(const TensorView& R, const TensorView& w, const TensorView& V, const TensorView& V_out,
+                       const TensorView& Q, const TensorView& M, const TensorView& G, const TensorView& scratch,
+                       double gamma, double forgetting, const std::string& simd) {
+  require(R.ndim == 2, "R must be [samples, regressors]");
+  int64_t n = R.shape[0], m = R.shape[1];
+  constexpr uint8_t code = fbk::dl_float;
+  require(std::isfinite(gamma) && gamma > 0, "gamma must be finite and > 0, got " + std::to_string(gamma));
+  require(forgetting > 0 && forgetting <= 1, "forgetting must be in (0, 1], got " + std::to_string(forgetting));
+  expect("R", R, {n, m}, code, 32);
+  expect("w", w, {n}, code, 32);
+  expect("V", V, {m, m}, code, 64);
+  expect("V_out", V_out, {m, m}, code, 64);
+  expect("Q", Q, {n, m}, code, 32);
+  expect("M", M, {m, m}, code, 32);
+  expect("G", G, {n, m}, code, 32);
+  expect("scratch", scratch, {3 * n + 2 * m, m}, code, 64);
+  fbk::RidgeGainParams p{R.ptr<float>(),
+                         w.ptr<float>(),
+                         V.ptr<double>(),
+                         V_out.ptr<double>(),
+                         Q.ptr<float>(),
+                         M.ptr<float>(),
+                         G.ptr<float>(),
+                         scratch.ptr<double>(),
+                         gamma,
+                         forgetting,
+                         n,
+                         m};
+  fbk::Simd path = simd_named(simd);
+  if (m == 0) return;
+  py::gil_scoped_release release;
+  fbk::ridge_gain_cpu(p, path);
+}
+
 static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const std::array<uint32_t, 2>& key) {
   auto [w] = fbk::philox(fbk::Words<uint32_t>{{c[0], c[1], c[2], c[3]}}, uint64_t(key[1]) << 32 | key[0]);
   return {w[0], w[1], w[2], w[3]};
@@ -533,6 +568,8 @@ PYBIND11_MODULE(_C, m) {
         "rows"_a, "losses"_a, "counters"_a, "threads"_a = 1, "simd"_a = "",
         "Trains in place for a step per row of rows; counters are the steps and the samples that were not finite.");
   m.def("shuffle", &shuffle, "out"_a, "seed"_a, "epoch"_a, "Fills out (int64) with the order of an epoch.");
+  m.def("ridge_gain", &ridge_gain, "R"_a, "w"_a, "V"_a, "V_out"_a, "Q"_a, "M"_a, "G"_a, "scratch"_a, "gamma"_a,
+        "forgetting"_a, "simd"_a = "", "A batch of recursive least squares: V, Q = D R V^-1, M = R^T Q and G = w * Q.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
   m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
   m.def("build_info", &build_info);

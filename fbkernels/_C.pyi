@@ -99,6 +99,19 @@ def fused_mlp(
     simd: str = "",
 ) -> None: ...
 def shuffle(out: Tensor, seed: int, epoch: int) -> None: ...
+def ridge_gain(
+    R: Tensor,
+    w: Tensor,
+    V: Tensor,
+    V_out: Tensor,
+    Q: Tensor,
+    M: Tensor,
+    G: Tensor,
+    scratch: Tensor,
+    gamma: float,
+    forgetting: float,
+    simd: str = "",
+) -> None: ...
 def philox(counter: Sequence[int], key: Sequence[int]) -> list[int]: ...
 def simd_paths() -> list[str]: ...
 def build_info() -> dict[str, Any]: ...

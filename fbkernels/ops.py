@@ -412,3 +412,27 @@ feedback_update = Op(
     _feedback_update,
     _feedback_update_fake,
 )
+
+
+def _ridge_gain(
+    R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # above, LAPACK is faster
+    if not _compiled(R, backend) or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
+        V, Q, M, G = reference.ridge_gain(R, w, V, gamma, forgetting)
+        return V, Q.contiguous(), M.contiguous(), G.contiguous()
+    (n, m), new = R.shape, R.new_empty
+    out = V.new_empty(m, m), new(n, m), new(m, m), new(n, m)
+    _C.ridge_gain(R.contiguous(), w.float().contiguous(), V.contiguous(), *out, V.new_empty(3 * n + 2 * m, m), gamma, forgetting)
+    return out
+
+
+def _ridge_gain_fake(R: Tensor, w: Tensor, V: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return V.new_empty(V.shape), R.new_empty(R.shape), R.new_empty(V.shape), R.new_empty(R.shape)
+
+
+ridge_gain = Op(
+    'ridge_gain(Tensor R, Tensor w, Tensor V, float gamma, float forgetting, *, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
+    _ridge_gain,
+    _ridge_gain_fake,
+)

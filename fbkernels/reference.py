@@ -196,6 +196,24 @@ def pooled_weight_gradient(
     return gradient, delta.sum((0, 2, 3))
 
 
+def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch of recursive least squares (SPEC 4): V, and Q, M, G in the dtype of R.
+
+    ``V <- beta^N V + (1 - beta^N) gamma I + R^T D R`` with ``D = diag(beta^(N-1), ..., 1)``, ``Q = D R V^-1``, ``M = R^T Q``,
+    ``G = w * Q``. R [N, m], w [N], V [m, m] float64; all but w may have a leading dimension, the groups of a convolution.
+    """
+    exact = R.double()
+    samples, m = R.shape[-2:]
+    age = torch.arange(samples - 1, -1, -1, dtype=torch.float64, device=R.device)
+    weighted = exact * (forgetting**age)[:, None] if forgetting < 1 else exact
+    if forgetting < 1:
+        keep = forgetting**samples
+        V = keep * V + (1 - keep) * gamma * torch.eye(m, dtype=torch.float64, device=R.device)
+    V = V + exact.mT @ weighted
+    Q = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(V)).mT
+    return V, Q.to(R.dtype), (exact.mT @ Q).to(R.dtype), (w.double()[:, None] * Q).to(R.dtype)
+
+
 @dataclass(frozen=True)
 class Connection:
     """How a layer reads a point: a linear map or a two-dimensional convolution, forward and back (SPEC 3, ``layerwise``).

@@ -53,6 +53,14 @@ def feedback() -> dict[str, Any]:
     return {**tensors, "activation": "tanh", "threads": 2, "simd": ""}
 
 
+def ridge_gain() -> dict[str, Any]:
+    def t(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.eye(*shape, dtype=dtype) if shape == (5, 5) else torch.ones(shape, dtype=dtype)
+
+    double = {"V": t(5, 5, dtype=torch.float64), "V_out": t(5, 5, dtype=torch.float64), "scratch": t(22, 5, dtype=torch.float64)}
+    return {"R": t(4, 5), "w": t(4), **double, "Q": t(4, 5), "M": t(5, 5), "G": t(4, 5), "gamma": 0.1, "forgetting": 0.9, "simd": ""}
+
+
 def noise() -> dict[str, Any]:
     key = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "offset": 0}
     return {"out": torch.empty(3, 9), **key, "threads": 2, "simd": ""}
@@ -66,6 +74,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "conv_gradient": conv_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
+    "ridge_gain": ridge_gain,
 }
 HARMLESS = {"build_info", "simd_paths"}  # take no arguments
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fbkernels import ops
 from fbkernels._check import in_interval, positive
 from fbkernels.rules.base import Gain, Measurement, Rule
 
@@ -34,19 +35,9 @@ class Ridge(Rule):
         self.forgetting = in_interval("forgetting", forgetting, 0, 1, open_low=True)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
-        R = m.regressor.double()
-        samples = R.shape[-2]
-        ridge = self.gamma * torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-        V = state.get("V", ridge.expand(*R.shape[:-2], *ridge.shape).clone())
-        weighted = R
-        if self.forgetting < 1:
-            age = torch.arange(samples - 1, -1, -1, dtype=R.dtype, device=R.device)
-            weighted = R * (self.forgetting**age)[:, None]
-            keep = self.forgetting**samples
-            V = keep * V + (1 - keep) * ridge
-        V = V + R.mT @ weighted
-        state["V"] = V
-        # symmetric solve: Q = weighted V^-1
-        Q = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(V)).mT
-        M = (R, Q) if 2 * samples < R.shape[-1] else R.mT @ Q
-        return M, m.w[:, None] * Q
+        R = m.regressor
+        V = state.get("V")
+        if V is None:
+            V = (self.gamma * torch.eye(R.shape[-1], dtype=torch.float64, device=R.device)).expand(*R.shape[:-2], -1, -1)
+        state["V"], Q, M, G = ops.ridge_gain(R, m.w, V, self.gamma, self.forgetting)
+        return (R, Q) if 2 * R.shape[-2] < R.shape[-1] else M, G

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace fbk {
+
+// One batch of recursive least squares (SPEC 4): V <- beta^N V + (1 - beta^N) gamma I + R^T D R with
+// D = diag(beta^(N-1), ..., 1), Q = D R V^-1, M = R^T Q, G = w * Q. Statistics and solve are float64.
+struct RidgeGainParams {
+  const float *R, *w;  // [samples, m], [samples]
+  const double* V;     // [m, m]
+  double* V_out;       // likewise, not V
+  float *Q, *M, *G;    // [samples, m], [m, m], [samples, m]
+  double* scratch;     // [3 samples + 2 m, m]
+  double gamma, forgetting;
+  int64_t samples, m;
+};
+
+void ridge_gain_cpu(const RidgeGainParams& params, Simd simd);
+
+FBK_SIMD_DECLARE(void ridge_gain(const RidgeGainParams&))
+
+}  // namespace fbk
