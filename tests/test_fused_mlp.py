@@ -203,7 +203,7 @@ def threads() -> Any:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("batch", [7, 48])
+@pytest.mark.parametrize("batch", [20, 48])
 @pytest.mark.parametrize(("rule", "feedback"), METHODS, ids=names)
 def test_thread_count_changes_no_bit(rule: fb.Rule, feedback: str, batch: int, threads: Any) -> None:
     results = []
