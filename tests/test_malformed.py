@@ -61,6 +61,35 @@ def ridge_gain() -> dict[str, Any]:
     return {"R": t(4, 5), "w": t(4), **double, "Q": t(4, 5), "M": t(5, 5), "G": t(4, 5), "gamma": 0.1, "forgetting": 0.9, "simd": ""}
 
 
+def fused_mlp() -> dict[str, Any]:
+    def shaped(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return [0.1 * torch.ones(s, dtype=dtype) for s in shapes]
+
+    sizes = (6, 5, 4, 3)
+    weights = [(5, 6), (4, 5), (3, 4)]
+    how = {"activations": ["tanh", "gelu", "identity"], "loss": "cross_entropy", "layerwise": True, "rule": "ridge", "rule_rate": 0.1}
+    how |= {
+        "forgetting": 1.0,
+        "downdate": False,
+        "optimizer": "adam",
+        "lr": 0.1,
+        "noise_std": 0.1,
+        "noise": "gaussian",
+        "seed": 1,
+        "warmup": 0,
+    }
+    net = {"weights": shaped(*weights), "biases": shaped((5,), (4,), (3,)), "B": shaped((5, 4), (4, 3))}
+    net |= {"weight_state": shaped(*[(2, *s) for s in weights]), "bias_state": shaped((2, 5), (2, 4), (2, 3))}
+    net |= {"statistics": [torch.eye(4, dtype=torch.float64), torch.eye(3, dtype=torch.float64)]}
+    data = {
+        "x": torch.ones(9, 6),
+        "y": torch.arange(9) % 3,
+        "rows": torch.arange(8).view(2, 4),
+        "losses": torch.empty(2, dtype=torch.float64),
+    }
+    return {"sizes": sizes, **how, **net, **data, "counters": torch.zeros(2, dtype=torch.int64), "threads": 2, "simd": ""}
+
+
 def noise() -> dict[str, Any]:
     key = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "offset": 0}
     return {"out": torch.empty(3, 9), **key, "threads": 2, "simd": ""}
@@ -74,7 +103,9 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "conv_gradient": conv_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
+    "fused_mlp": fused_mlp,
     "ridge_gain": ridge_gain,
+    "shuffle": lambda: {"out": torch.empty(9, dtype=torch.int64), "seed": 1, "epoch": 2},
 }
 HARMLESS = {"build_info", "simd_paths"}  # take no arguments
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)
@@ -110,6 +141,8 @@ def tensor(rng: random.Random, like: Any) -> Tensor:
 
 
 def value(rng: random.Random, old: Any) -> Any:
+    if isinstance(old, (list, tuple)) and old and isinstance(old[0], Tensor):
+        return [value(rng, t) if rng.random() < 0.4 else t for t in old][: rng.choice((None, None, 1))]
     if isinstance(old, (list, tuple)) and rng.random() < 0.7:
         new = [rng.choice(NUMBERS) if rng.random() < 0.4 else x for x in old]
         return new if rng.random() < 0.8 else new[: rng.randrange(len(new) + 1)] * rng.randrange(3)
