@@ -1,0 +1,53 @@
+"""The compiled part and torch share one pool of threads, and Python runs on while it computes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import fbkernels as fb
+
+POOL = """
+import os
+import torch
+import torch.nn as nn
+import fbkernels as fb
+
+torch.set_num_threads(2)
+a = torch.randn(1000, 1000)
+a @ a, a.exp(), nn.functional.conv2d(torch.randn(8, 3, 32, 32, requires_grad=True), torch.randn(9, 3, 3, 3)).sum().backward()
+before = len(os.listdir("/proc/self/task"))
+net = fb.convert(nn.Sequential(nn.Conv2d(3, 8, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(1568, 9)), rule=fb.Joint(signal="output"))
+criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+for _ in range(3):
+    criterion(net(torch.randn(64, 3, 32, 32)), torch.zeros(64, dtype=torch.int64)).backward()
+fb.FusedMLP((300, 200, 100)).fit(torch.randn(64, 300), torch.randn(64, 100), steps=20, batch_size=64)
+after = len(os.listdir("/proc/self/task"))
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libiomp" in line or "libomp" in line}
+print(before, after, len(runtimes))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_there_is_one_pool_of_threads() -> None:
+    run = subprocess.run([sys.executable, "-P", "-c", POOL], capture_output=True, text=True, check=True)
+    before, after, runtimes = map(int, run.stdout.split())
+    assert after == before, "the compiled part started threads of its own"
+    assert runtimes == 1, "two OpenMP runtimes: the threads of one spin while the other's work"
+
+
+def test_python_runs_while_the_compiled_part_computes() -> None:
+    net = fb.FusedMLP((500, 300, 100), activations="relu", rule=fb.Fixed(), lr=1e-6)
+    x, y = torch.randn(256, 500), torch.randn(256, 100)
+    worker = threading.Thread(target=lambda: net.fit(x, y, steps=300, batch_size=256))
+    worker.start()
+    turns = 0
+    while worker.is_alive():
+        turns += 1
+    # under a lock that is held for the 50 ms between two looks for Ctrl-C it would be a few
+    assert turns > 1000
+    assert net.step == 300
