@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,145 @@ def noise(seed: int, step: int | Tensor, point: int, samples: int, units: int, s
     step = _step(step)
     ops.check_noise(step, point, samples, units, std, kind, 0)
     return ops.noise(step, seed, point, samples, units, std, kind)
+
+
+class Pointwise(NamedTuple):
+    """What :func:`perturbed_pointwise` returns."""
+
+    h: Tensor
+    p: Tensor
+    kept: Tensor
+    winner: Tensor
+
+
+def perturbed_pointwise(
+    z: Tensor,
+    q: Tensor | None,
+    *,
+    seed: int,
+    step: int | Tensor,
+    point: int,
+    std: float,
+    kind: str = "gaussian",
+    rows: int | None = None,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    pool: str = "none",
+    pool_first: bool = False,
+    kernel_size: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    antithetic: bool = False,
+    backend: str = "auto",
+) -> Pointwise:
+    """What follows a layer's convolution or matrix product, for both streams in one pass (SPEC 1):
+    ``h = pool(phi(z + b))``, ``p = pool(phi(q + b)) + xi``.
+
+    Without autograd. The error behind ``h`` goes back through :func:`feedback`, and ``torch.ops.fbkernels.unpool`` or
+    ``pooled_weight_gradient``.
+
+    Args:
+        z: the clean pre-activation, float32 or bfloat16 (any float type with backend "reference"), [N, C, H, W] or [N, units].
+        q: the perturbed one, [rows, ...], twice as many rows with ``antithetic``; None: still the same numbers.
+        seed, step, point, std, kind: of the noise, as in :func:`noise`.
+        rows: perturb the first so many samples; None: all.
+        bias: [C] or [units], added in float32.
+        activation: "identity", "relu", "tanh", "sigmoid" or "gelu".
+        pool: "none", "max" or "avg" (padding counts); maps only.
+        pool_first: pool before phi.
+        kernel_size, stride, padding: of the pooling.
+        antithetic: p has +xi, then -xi.
+
+    Returns:
+        h, p; ``kept``: z behind each h for gelu, whose derivative is not a function of h, else empty; ``winner``: uint8, the place
+        ``kernel_width * y + x`` that each window of max-pooling took, else empty. Maps are channels-last in memory.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
+    """
+    integer("seed", seed, 0, 2**64 - 1)
+    rows = len(z) if rows is None else rows
+    window = (pool, pool_first, kernel_size, stride, padding)
+    key = (_step(step), ops.int64(seed), point, rows, std, kind)
+    return Pointwise(*ops.perturbed_pointwise(z, q, bias, activation, *window, *key, antithetic=antithetic, backend=backend))
+
+
+def feedback(e: Tensor, B: Tensor, kept: Tensor, activation: str = "identity", *, backend: str = "auto") -> Tensor:
+    """``delta = (e B^T) * phi'``: the error of a layer's units before their activation (SPEC 3, ``direct``).
+
+    Args:
+        e: the output's error, [N, outputs].
+        B: [units, outputs]; a convolution's units are numbered channels-last.
+        kept: what phi' is read from, h = phi(z), or z for gelu: [N, units] or [N, C, H, W] with C H W units.
+        activation: as in :func:`perturbed_pointwise`.
+
+    Returns:
+        delta in the shape and dtype of ``kept``; sums in float32.
+
+    Raises:
+        ValueError: shapes, devices or an activation that do not fit. RuntimeError: the backend cannot be had.
+    """
+    delta: Tensor = ops.feedback(e, B, kept, activation, backend=backend)
+    return delta
+
+
+def feedback_update(
+    B: Tensor,
+    M: Tensor | tuple[Tensor, Tensor] | None,
+    G: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    point: int,
+    std: float,
+    kind: str = "gaussian",
+    backend: str = "auto",
+) -> Tensor:
+    """``B (I - M) + Xi^T G``, the one update that serves every rule, with Xi regenerated and never stored (SPEC 4).
+
+    Args:
+        B: [units, m], float32 (any float type with backend "reference").
+        M: [m, m]; None for 0; or its factors (R, Q), each [N, m], with ``M = R^T Q``, cheaper where 2 N < m.
+        G: [N, m]; Xi is that of N samples.
+        seed, step, point, std, kind: of the noise, as in :func:`noise`.
+
+    Returns:
+        The new B; the old one stays.
+
+    Raises:
+        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had.
+    """
+    integer("seed", seed, 0, 2**64 - 1)
+    R, Q = M if isinstance(M, tuple) else (None, None)
+    key = (ops.int64(seed), point, 0, std, kind)
+    new: Tensor = ops.feedback_update(B, None if isinstance(M, tuple) else M, R, Q, G, _step(step), None, *key, backend=backend)[0]
+    return new
+
+
+class RidgeGain(NamedTuple):
+    """What :func:`ridge_gain` returns."""
+
+    V: Tensor
+    Q: Tensor
+    M: Tensor
+    G: Tensor
+
+
+def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float = 1.0, *, backend: str = "auto") -> RidgeGain:
+    """A batch of recursive least squares (SPEC 4; PAPER 1.2): ``V <- beta^N V + (1 - beta^N) gamma I + R^T D R`` with
+    ``D = diag(beta^(N-1), ..., 1)``, then ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q``.
+
+    Args:
+        R: regressors, [N, m].
+        w: ``dL / sigma^2``, [N].
+        V: the statistics so far, float64 [m, m]; ``gamma I`` at the start.
+        gamma: the ridge, > 0, in units of |r|^2.
+        forgetting: beta in (0, 1] per sample.
+
+    Returns:
+        The new V (float64), and Q, M, G in the dtype of R; the solve is in float64.
+
+    Raises:
+        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had.
+    """
+    return RidgeGain(*ops.ridge_gain(R, w, V, gamma, forgetting, backend=backend))

@@ -125,11 +125,11 @@ _philox_noise = Op(
 
 def noise(step: Tensor, seed: int, *args: Any, **kwargs: Any) -> Tensor:
     """The noise of SPEC 6, [samples, units], on the device of ``step``."""
-    out: Tensor = _philox_noise(step, _int64(seed), *args, **kwargs)
+    out: Tensor = _philox_noise(step, int64(seed), *args, **kwargs)
     return out
 
 
-def _int64(seed: int) -> int:
+def int64(seed: int) -> int:
     """The seed as schemas know it."""
     return seed - 2**64 if seed >= 2**63 else seed
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
 
 EPS = 2.0**-24
@@ -161,3 +162,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     good |= {"predicted_step": None, "seed": 1, "point": 2, "predicted_rows": 0, "std": 0.1, "kind": "gaussian"}
     with pytest.raises(ValueError, match=message):
         ops.feedback_update(**(good | change))
+
+
+def test_functional() -> None:
+    B, M, R, G, xi = normal(7, 5), normal(5, 5, seed=1), normal(4, 5, seed=2), normal(4, 5, seed=3), fn.noise(3, 4, 5, 4, 7, 0.1)
+    key: dict[str, Any] = {"seed": 3, "step": 4, "point": 5, "std": 0.1}
+    torch.testing.assert_close(fn.feedback_update(B, M, G, **key), B - B @ M + xi.T @ G)
+    torch.testing.assert_close(fn.feedback_update(B, (R, G), G, **key), B - B @ R.T @ G + xi.T @ G)
+    torch.testing.assert_close(fn.feedback_update(B, None, G, **key, backend="reference"), B + xi.T @ G)
+    h = torch.tanh(normal(4, 7, seed=5))
+    torch.testing.assert_close(fn.feedback(G, B, h, "tanh"), G @ B.T * (1 - h * h))
+    V, Q, gain, scaled = fn.ridge_gain(R, torch.arange(4.0), 0.1 * torch.eye(5, dtype=F64), 0.1)
+    torch.testing.assert_close(V, 0.1 * torch.eye(5, dtype=F64) + R.double().T @ R.double())
+    torch.testing.assert_close(Q.double(), torch.linalg.solve(V, R.double().T).T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gain, R.T @ Q, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scaled, torch.arange(4.0)[:, None] * Q)

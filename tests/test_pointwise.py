@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
 
 STEP = torch.tensor(5)
@@ -223,3 +224,18 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     good |= {"kernel_size": [3, 3], "stride": [2, 2], "padding": [1, 1], "step": STEP, "seed": 1, "point": 2, "rows": 3, "std": 0.1}
     with pytest.raises((ValueError, RuntimeError), match=message):
         ops.perturbed_pointwise(**(good | {"kind": "gaussian"} | change))
+
+
+def test_functional() -> None:
+    z, q, bias = images(3, 5, 8, 7), images(2, 5, 8, 7, seed=1), images(5, seed=2)
+    key: dict[str, Any] = {"seed": 2**63 + 1, "step": 9, "point": 2, "std": 0.2}
+    out = fn.perturbed_pointwise(z, q, **key, rows=2, bias=bias, activation="tanh", pool="max", kernel_size=(3, 3), stride=(2, 2))
+    act = lambda t: F.max_pool2d(torch.tanh(t + bias.view(-1, 1, 1)), 3, 2)  # noqa: E731
+    xi = fn.noise(**{k: key[k] for k in ("seed", "step", "point")}, samples=2, units=45, std=0.2)
+    torch.testing.assert_close(out.h, act(z), rtol=0, atol=4 * 2.0**-23)
+    torch.testing.assert_close(out.p, act(q) + reference.layout(xi, (2, 5, 3, 3)), rtol=0, atol=8 * 2.0**-23)
+    assert out.kept.numel() == 0
+    with pytest.raises(ValueError, match="seed must be an integer"):
+        fn.perturbed_pointwise(z, q, **(key | {"seed": -1}))
+    with pytest.raises(RuntimeError, match="backend 'triton' is not implemented"):
+        fn.perturbed_pointwise(z, q, **key, backend="triton")
