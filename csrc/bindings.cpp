@@ -225,43 +225,43 @@ static void unpool(const TensorView& delta, const TensorView& winner, const Tens
 }
 
 static void feedback_update(const TensorView& B, const std::optional<TensorView>& out,
-                            const std::optional<TensorView>& M, const std::optional<TensorView>& R,
-                            const std::optional<TensorView>& Q, const std::optional<TensorView>& G,
-                            const std::optional<TensorView>& prediction, const std::optional<TensorView>& step,
-                            const std::optional<TensorView>& predicted_step, int64_t seed, int64_t point, double std,
-                            const std::string& kind, int64_t offset, int threads, const std::string& simd) {
+                            const std::optional<TensorView>& M, const std::optional<TensorView>& G,
+                            const std::optional<TensorView>& R, const std::optional<TensorView>& Q,
+                            const std::optional<TensorView>& w, const std::optional<TensorView>& prediction,
+                            const std::optional<TensorView>& step, const std::optional<TensorView>& predicted_step,
+                            int64_t seed, int64_t point, double std, const std::string& kind, int64_t offset,
+                            int threads, const std::string& simd) {
   constexpr uint8_t code = fbk::dl_float, bits = 32;
   require(B.ndim == 2, "B must be [units, outputs]");
   int64_t units = B.shape[0], m = B.shape[1];
   expect("B", B, {units, m}, code, bits);
-  require(G.has_value() == out.has_value() && G.has_value() == step.has_value(), "out, G and step go together");
+  require(R.has_value() == Q.has_value() && R.has_value() == w.has_value(), "R, Q and w go together");
+  require(!(R && G) && (G || !M), "G must be given, with or without M, or R, Q and w");
+  require((G || R) == out.has_value() && out.has_value() == step.has_value(),
+          "out and step go together with G, or R, Q and w");
   require(prediction.has_value() == predicted_step.has_value(), "prediction and predicted_step go together");
-  require(G || prediction, "G or prediction must be given");
-  require(R.has_value() == Q.has_value() && !(M && R) && (G || !(M || R)), "M or its factors R and Q go with G");
+  require(out || prediction, "G, or R, Q and w, or prediction must be given");
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
   fbk::FeedbackUpdateParams p{};
   p.B = B.ptr<float>();
   p.units = units;
   p.outputs = m;
-  if (G) {
-    require(G->ndim == 2, "G must be [rows, outputs]");
-    p.rows = G->shape[0];
-    expect("out", *out, {units, m}, code, bits);
-    expect("G", *G, {p.rows, m}, code, bits);
-    require(out->ptr<float>() != p.B || B.numel() == 0, "out must not be B");
-    p.out = out->ptr<float>();
-    p.G = G->ptr<float>();
+  auto data = [&](const char* name, const std::optional<TensorView>& t, const std::vector<int64_t>& shape) {
+    if (t) expect(name, *t, shape, code, bits);
+    return t ? t->ptr<float>() : nullptr;
+  };
+  if (out) {
+    const TensorView& rows = G ? *G : *R;
+    require(rows.ndim == 2, "G and R must be [rows, outputs]");
+    p.rows = rows.shape[0];
+    p.out = data("out", out, {units, m});
+    require(p.out != p.B || B.numel() == 0, "out must not be B");
+    p.M = data("M", M, {m, m});
+    p.G = data("G", G, {p.rows, m});
+    p.R = data("R", R, {p.rows, m});
+    p.Q = data("Q", Q, {p.rows, m});
+    p.w = data("w", w, {p.rows});
     std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params(B, nullptr, p.rows, units);
-  }
-  if (M) {
-    expect("M", *M, {m, m}, code, bits);
-    p.M = M->ptr<float>();
-  }
-  if (R) {
-    expect("R", *R, {p.rows, m}, code, bits);
-    expect("Q", *Q, {p.rows, m}, code, bits);
-    p.R = R->ptr<float>();
-    p.Q = Q->ptr<float>();
   }
   if (prediction) {
     require(prediction->ndim == 3, "prediction must be [parts + 1, rows, outputs]");
@@ -553,8 +553,8 @@ PYBIND11_MODULE(_C, m) {
         "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");
-  m.def("feedback_update", &feedback_update, "B"_a, "out"_a.none(true), "M"_a.none(true), "R"_a.none(true),
-        "Q"_a.none(true), "G"_a.none(true), "prediction"_a.none(true), "step"_a.none(true),
+  m.def("feedback_update", &feedback_update, "B"_a, "out"_a.none(true), "M"_a.none(true), "G"_a.none(true),
+        "R"_a.none(true), "Q"_a.none(true), "w"_a.none(true), "prediction"_a.none(true), "step"_a.none(true),
         "predicted_step"_a.none(true), "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
         "simd"_a = "", "out = B (I - M) + Xi^T G, and the prediction Xi' out.");
   m.def("feedback", &feedback, "e"_a, "B"_a, "kept"_a.none(true), "delta"_a, "activation"_a, "threads"_a = 1,

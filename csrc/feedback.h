@@ -7,15 +7,14 @@
 
 namespace fbk {
 
-// B <- B (I - M) + Xi^T G with Xi regenerated (SPEC 4), and the joint rules' prediction Xi' B with the noise Xi' of
-// another step.
+// B <- B (I - M) + Xi^T G with Xi regenerated (SPEC 4), or, of M = R^T Q and G = w * Q, B <- B + (w * Xi - R B^T)^T Q;
+// and the joint rules' prediction Xi' B with the noise Xi' of another step.
 struct FeedbackUpdateParams {
-  const float* B;      // [units, outputs]
-  float* out;          // likewise
-  const float* M;      // [outputs, outputs]; null for 0 or where its factors are given, M = R^T Q
-  const float *R, *Q;  // [rows, outputs]
-  const float* G;      // [rows, outputs]; null: B stays, and the prediction alone is wanted
-  float* prediction;   // [tasks + 1, predicted rows, outputs]: the sum, then its parts; null if none is wanted
+  const float* B;          // [units, outputs]
+  float* out;              // likewise; null: B stays, and the prediction alone is wanted
+  const float *M, *G;      // [outputs, outputs] or null for 0, [rows, outputs]
+  const float *R, *Q, *w;  // [rows, outputs], likewise, [rows]; null, or in place of M and G
+  float* prediction;       // [tasks + 1, predicted rows, outputs]: the sum, then its parts; null if none is wanted
   int64_t units, outputs, rows, predicted_rows;
   NoiseKind kind;
   NoiseParams noise, predicted_noise;  // out unused; units are those of B

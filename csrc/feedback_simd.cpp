@@ -35,26 +35,32 @@ static void multiply_add(float sign, int64_t rows, int64_t cols, int64_t depth, 
 
 void feedback_update(const FeedbackUpdateParams& p, int64_t task) {
   const int64_t m = p.outputs;
-  alignas(64) float xi[sample_block * unit_block];
+  constexpr int64_t depth_block = 128;
+  alignas(64) float xi[sample_block * unit_block], Bt[depth_block * unit_block];
   int64_t begin = task * p.task_units, end = begin + p.task_units < p.units ? begin + p.task_units : p.units;
   float* part = p.prediction ? p.prediction + (1 + task) * p.predicted_rows * m : nullptr;
   if (part) memset(part, 0, size_t(p.predicted_rows * m) * sizeof(float));
   for (int64_t u = begin; u < end; u += unit_block) {
     int64_t count = end - u < unit_block ? end - u : unit_block;
-    const float *B = p.B + u * m, *learned = p.G ? p.out + u * m : B;
+    const float *B = p.B + u * m, *learned = p.out ? p.out + u * m : B;
     float* out = p.out + u * m;
-    if (p.G) memcpy(out, B, size_t(count * m) * sizeof(float));
-    if (p.G && p.M) multiply_add(-1, count, m, m, {B, m, 1}, p.M, m, out, m);
-    for (int64_t n = 0; p.G && n < p.rows; n += sample_block) {
+    if (p.out) memcpy(out, B, size_t(count * m) * sizeof(float));
+    if (p.M) multiply_add(-1, count, m, m, {B, m, 1}, p.M, m, out, m);
+    for (int64_t n = 0; p.out && n < p.rows; n += sample_block) {
       int64_t samples = p.rows - n < sample_block ? p.rows - n : sample_block;
-      if (p.R) {  // B R^T stands where Xi^T will
-        dot(
-            count, samples, m, [=](int64_t i) { return B + i * m; }, [&](int64_t j) { return p.R + (n + j) * m; },
-            [&](int64_t i, int64_t j, float v) { xi[j * unit_block + i] = v; });
-        multiply_add(-1, count, m, samples, {xi, 1, unit_block}, p.Q + n * m, m, out, m);
-      }
       regenerate(p.noise, p.kind, n, samples, u, xi);
-      multiply_add(1, count, m, samples, {xi, 1, unit_block}, p.G + n * m, m, out, m);
+      if (p.R) {
+        for (int64_t i = 0; i < samples; ++i)
+          for (int64_t c = 0; c < unit_block; c += lanes)
+            store(xi + i * unit_block + c, p.w[n + i] * load(xi + i * unit_block + c));
+        for (int64_t k = 0; k < m; k += depth_block) {
+          int64_t depth = m - k < depth_block ? m - k : depth_block;
+          if (n == 0 || m > depth_block)
+            transpose(count, depth, [=](int64_t i) { return B + i * m + k; }, Bt, unit_block);
+          multiply_add(-1, samples, count, depth, {p.R + n * m + k, m, 1}, Bt, unit_block, xi, unit_block);
+        }
+      }
+      multiply_add(1, count, m, samples, {xi, 1, unit_block}, (p.R ? p.Q : p.G) + n * m, m, out, m);
     }
     for (int64_t n = 0; part && n < p.predicted_rows; n += sample_block) {
       int64_t samples = p.predicted_rows - n < sample_block ? p.predicted_rows - n : sample_block;

@@ -154,8 +154,8 @@ def feedback_update(
 
     Args:
         B: [units, m], float32 (any float type with backend "reference").
-        M: [m, m]; None for 0; or its factors (R, Q), each [N, m], with ``M = R^T Q``, cheaper where 2 N < m.
-        G: [N, m]; Xi is that of N samples.
+        M: [m, m]; None for 0; or its factors (R, Q), each [N, m], with ``M = R^T Q``.
+        G: [N, m]; Xi is that of N samples. With factors w [N], for ``G = w * Q``: ``B + (w * Xi - R B^T)^T Q``, cheaper where N < m.
         seed, step, point, std, kind: of the noise, as in :func:`noise`.
 
     Returns:
@@ -165,9 +165,9 @@ def feedback_update(
         ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had.
     """
     integer("seed", seed, 0, 2**64 - 1)
-    R, Q = M if isinstance(M, tuple) else (None, None)
+    given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)
     key = (ops.int64(seed), point, 0, std, kind)
-    new: Tensor = ops.feedback_update(B, None if isinstance(M, tuple) else M, R, Q, G, _step(step), None, *key, backend=backend)[0]
+    new: Tensor = ops.feedback_update(B, *given, _step(step), None, *key, backend=backend)[0]
     return new
 
 

@@ -356,9 +356,10 @@ feedback = Op('feedback(Tensor e, Tensor B, Tensor kept, str activation, *, str 
 def _feedback_update(
     B: Tensor,
     M: Tensor | None,
+    G: Tensor | None,
     R: Tensor | None,
     Q: Tensor | None,
-    G: Tensor | None,
+    w: Tensor | None,
     step: Tensor | None,
     predicted_step: Tensor | None,
     seed: int,
@@ -373,27 +374,29 @@ def _feedback_update(
     if choose(backend, B.device) != "cpp" or B.dtype != torch.float32:
         new, key = B, (seed, point)
         draw: dict[str, Any] = {"offset": offset, "dtype": B.dtype, "backend": backend}
-        if G is not None and step is not None:
-            gain = (R, Q) if R is not None and Q is not None else M
-            new = reference.feedback_update(B, noise(step, *key, len(G), len(B), std, kind, **draw), gain, G)
+        gain = (R, Q) if R is not None and Q is not None else M
+        target = G if w is None else w
+        if target is not None and step is not None:
+            new = reference.feedback_update(B, noise(step, *key, len(target), len(B), std, kind, **draw), gain, target)
         if predicted_step is None:
             return new, B.new_empty(0)
         prediction = noise(predicted_step, *key, predicted_rows, len(B), std, kind, **draw) @ new
-        return (new if G is not None else B.new_empty(0)), prediction
-    M, R, Q, G = (None if t is None else t.float().contiguous() for t in (M, R, Q, G))
+        return (B.new_empty(0) if step is None else new), prediction
+    M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (M, G, R, Q, w))
     B = B.contiguous()
-    out = None if G is None else torch.empty_like(B)
+    out = None if step is None else torch.empty_like(B)
     parts = B.new_empty(-(-len(B) // 1024) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
-    _C.feedback_update(B, out, M, R, Q, G, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
+    _C.feedback_update(B, out, M, G, R, Q, w, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
     return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[0].clone()
 
 
 def _feedback_update_fake(
     B: Tensor,
     M: Tensor | None,
+    G: Tensor | None,
     R: Tensor | None,
     Q: Tensor | None,
-    G: Tensor | None,
+    w: Tensor | None,
     step: Tensor | None,
     predicted_step: Tensor | None,
     seed: int,
@@ -402,13 +405,13 @@ def _feedback_update_fake(
     *_: Any,
     **__: Any,
 ) -> tuple[Tensor, Tensor]:
-    new = B.new_empty(0) if G is None else B.new_empty(B.shape)
+    new = B.new_empty(0) if step is None else B.new_empty(B.shape)
     return new, B.new_empty(0) if predicted_step is None else B.new_empty(predicted_rows, B.shape[1])
 
 
 feedback_update = Op(
-    "feedback_update(Tensor B, Tensor? M, Tensor? R, Tensor? Q, Tensor? G, Tensor? step, Tensor? predicted_step, int seed, int point, "
-    'SymInt predicted_rows, float std, str kind, *, SymInt offset=0, str backend="auto") -> (Tensor, Tensor)',
+    "feedback_update(Tensor B, Tensor? M, Tensor? G, Tensor? R, Tensor? Q, Tensor? w, Tensor? step, Tensor? predicted_step, int seed, "
+    'int point, SymInt predicted_rows, float std, str kind, *, SymInt offset=0, str backend="auto") -> (Tensor, Tensor)',
     _feedback_update,
     _feedback_update_fake,
 )

@@ -224,17 +224,18 @@ class FeedbackPoint(LazyBuffers):
             rule.feedback(self)  # which catches up with W where B follows it
             if predicted_rows and prediction is None and "B" in self._buffers:
                 B = self._buffers["B"]
-                prediction = self._op(B, None, None, None, None, None, self.net.step, predicted_rows)[1]
+                prediction = self._op(B, *[None] * 6, self.net.step, predicted_rows)[1]
         return prediction
 
     def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None, predicted_rows: int = 0) -> Tensor | None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
         B = self._buffers["B"]
-        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry
+        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry  # G or w
         if target is None and whole:
             R, Q = M if isinstance(M, tuple) else (None, None)
             predicted = self.net.step if predicted_rows else None
-            new, prediction = self._op(B, None if R is not None else M, R, Q, G, m.step, predicted, predicted_rows)
+            given = (None, None, R, Q, G) if R is not None else (M, G, None, None, None)
+            new, prediction = self._op(B, *given, m.step, predicted, predicted_rows)
             self._buffers["B"] = new
             return prediction if predicted_rows else None
         matrix = B if self.connection is None else self.connection.matrix(B)
@@ -242,10 +243,12 @@ class FeedbackPoint(LazyBuffers):
         self._buffers["B"] = (new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous()
         return None
 
-    def _op(self, B: Tensor, M: Any, R: Any, Q: Any, G: Any, step: Any, predicted_step: Any, predicted_rows: int) -> tuple[Tensor, Tensor]:
+    def _op(self, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """ops.feedback_update with the point's own noise; the last of ``args`` is the number of predicted rows."""
         net = self.net
-        key = (net.seed, self.index, predicted_rows, net.noise_std, net.noise)
-        out: tuple[Tensor, Tensor] = ops.feedback_update(B, M, R, Q, G, step, predicted_step, *key, backend=net.backend)
+        out: tuple[Tensor, Tensor] = ops.feedback_update(
+            B, *args[:-1], net.seed, self.index, args[-1], net.noise_std, net.noise, backend=net.backend
+        )
         return out
 
     def regressand(self, m: Measurement, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:

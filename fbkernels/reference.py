@@ -158,16 +158,17 @@ def unpool(
 def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | None, G: Tensor) -> Tensor:
     """B (I - M) + Xi^T G, the one update that serves every rule (SPEC 4).
 
-    B [n, m], Xi [N, n], G [N, m]; M [m, m], None for 0, or its factors (R, Q) with M = R^T Q where 2 N < m. A leading dimension of
-    all four stands for the groups of a convolution.
+    B [n, m], Xi [N, n], G [N, m]; M [m, m], None for 0, or factors (R, Q), M = R^T Q: then G may be w [N] for w * Q, and where N < m
+    ``B + (w * Xi - R B^T)^T Q`` is cheaper. A leading dimension of all but w stands for the groups of a convolution.
     """
-    new = B + xi.to(B.dtype).mT @ G.to(B.dtype)
-    if M is None:
-        return new
+    xi, G = xi.to(B.dtype), G.to(B.dtype)
     if isinstance(M, tuple):
         R, Q = (t.to(B.dtype) for t in M)
-        return new - (B @ R.mT) @ Q
-    return new - B @ M.to(B.dtype)
+        if G.ndim == 1:
+            return B + (G[:, None] * xi - R @ B.mT).mT @ Q
+        return B + xi.mT @ G - (B @ R.mT) @ Q
+    new = B + xi.mT @ G
+    return new if M is None else new - B @ M.to(B.dtype)
 
 
 def pooled_weight_gradient(

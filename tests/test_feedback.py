@@ -35,9 +35,10 @@ def updates(draw: Any) -> dict[str, Any]:
     return {
         "B": normal(units, m, seed=seed + 1),
         "M": 0.1 * normal(m, m, seed=seed + 2) if learns and form == "full" else None,
+        "G": normal(rows, m, seed=seed + 4) if learns and form != "factors" else None,
         "R": R if learns and form == "factors" else None,
         "Q": 0.1 * normal(rows, m, seed=seed + 3) if learns and form == "factors" else None,
-        "G": normal(rows, m, seed=seed + 4) if learns else None,
+        "w": normal(rows, seed=seed + 4) if learns and form == "factors" else None,
         "step": torch.tensor(seed) if learns else None,
         "predicted_step": torch.tensor(seed + 1) if predicts else None,
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
@@ -63,7 +64,8 @@ def bounds(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if call["M"] is not None:
         size, terms = size + B @ call["M"].double().abs(), terms + B.shape[1]
     if call["R"] is not None:
-        size, terms = size + (B @ call["R"].double().abs().mT) @ call["Q"].double().abs(), terms + B.shape[1] + len(call["R"])
+        inner = largest * call["w"].double().abs() + B @ call["R"].double().abs().mT
+        size, terms = size + inner @ call["Q"].double().abs(), terms + B.shape[1] + len(call["R"]) + 9
     prediction = (terms + len(B) + 9) * 2 * EPS * largest * size.sum(0)
     return terms * 2 * EPS * size, prediction
 
@@ -85,9 +87,9 @@ def test_update_on_every_instruction_set_and_thread_count(call: dict[str, Any], 
     parts = torch.empty(-(-len(call["B"]) // 1024) + 1, call["predicted_rows"], call["B"].shape[1])
     for simd in _C.simd_paths():
         for t in (1, threads):
-            out = None if call["G"] is None else torch.empty_like(call["B"])
+            out = None if call["step"] is None else torch.empty_like(call["B"])
             key = {k: call[k] for k in ("step", "predicted_step", "seed", "point", "std", "kind", "offset")}
-            given = {k: call[k] for k in ("B", "M", "R", "Q", "G")}
+            given = {k: call[k] for k in ("B", "M", "G", "R", "Q", "w")}
             _C.feedback_update(**given, out=out, prediction=parts if call["predicted_rows"] else None, **key, threads=t, simd=simd)
             results.append((torch.zeros(0) if out is None else out, parts[0].clone() if call["predicted_rows"] else torch.zeros(0)))
     for i in range(0, len(results), 2):
@@ -136,9 +138,9 @@ def test_the_ops(backend: str) -> None:
     B, M, R, G = normal(33, 5), normal(5, 5), normal(4, 5), normal(4, 5)
     step, key = torch.tensor(3), (-1, 2, 6, 0.1, "gaussian")
     op = torch.ops.fbkernels.feedback_update.default
-    torch.library.opcheck(op, (B, M, None, None, G, step, step, *key), {"backend": backend})
-    torch.library.opcheck(op, (B, None, R, R, G, step, None, *key), {"backend": backend})
-    torch.library.opcheck(op, (B.T.contiguous().T, None, None, None, None, None, step, *key), {"backend": backend})
+    torch.library.opcheck(op, (B, M, G, None, None, None, step, step, *key), {"backend": backend})
+    torch.library.opcheck(op, (B, None, None, R, R, R[:, 0], step, None, *key), {"backend": backend})
+    torch.library.opcheck(op, (B.T.contiguous().T, *[None] * 6, step, *key), {"backend": backend})
     kept = normal(4, 3, 11, 1).to(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, kept, "tanh"), {"backend": backend})
     torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, normal(33, 4).T, "relu"), {"backend": backend})
@@ -148,17 +150,26 @@ def test_the_ops(backend: str) -> None:
     ("change", "message"),
     [
         ({"M": torch.zeros(4, 4)}, "M must have shape"),
-        ({"M": None, "R": torch.zeros(4, 5)}, "M or its factors R and Q go with G"),
-        ({"R": torch.zeros(4, 5), "Q": torch.zeros(4, 5)}, "M or its factors"),
+        ({"R": torch.zeros(4, 5)}, "R, Q and w go together"),
+        ({"R": torch.zeros(4, 5), "Q": torch.zeros(4, 5), "w": torch.zeros(4)}, "G must be given, with or without M, or R, Q and w"),
+        ({"M": None, "G": None, "R": torch.zeros(4, 5), "Q": torch.zeros(4, 5), "w": torch.zeros(5)}, "w must have shape"),
         ({"G": torch.zeros(4, 6)}, "G must have shape"),
-        ({"G": None}, "go together"),
-        ({"G": None, "M": None, "step": None}, "G or prediction must be given"),
+        ({"G": None}, "G must be given"),
+        ({"G": None, "M": None, "step": None}, "G, or R, Q and w, or prediction must be given"),
         ({"std": float("nan")}, "std must be"),
         ({"kind": "uniform"}, "kind must be one of"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
-    good = {"B": torch.zeros(7, 5), "M": torch.zeros(5, 5), "R": None, "Q": None, "G": torch.zeros(4, 5), "step": torch.tensor(1)}
+    good = {
+        "B": torch.zeros(7, 5),
+        "M": torch.zeros(5, 5),
+        "G": torch.zeros(4, 5),
+        "R": None,
+        "Q": None,
+        "w": None,
+        "step": torch.tensor(1),
+    }
     good |= {"predicted_step": None, "seed": 1, "point": 2, "predicted_rows": 0, "std": 0.1, "kind": "gaussian"}
     with pytest.raises(ValueError, match=message):
         ops.feedback_update(**(good | change))
@@ -168,7 +179,7 @@ def test_functional() -> None:
     B, M, R, G, xi = normal(7, 5), normal(5, 5, seed=1), normal(4, 5, seed=2), normal(4, 5, seed=3), fn.noise(3, 4, 5, 4, 7, 0.1)
     key: dict[str, Any] = {"seed": 3, "step": 4, "point": 5, "std": 0.1}
     torch.testing.assert_close(fn.feedback_update(B, M, G, **key), B - B @ M + xi.T @ G)
-    torch.testing.assert_close(fn.feedback_update(B, (R, G), G, **key), B - B @ R.T @ G + xi.T @ G)
+    torch.testing.assert_close(fn.feedback_update(B, (R, G), R[:, 0], **key), B - B @ R.T @ G + xi.T @ (R[:, :1] * G))
     torch.testing.assert_close(fn.feedback_update(B, None, G, **key, backend="reference"), B + xi.T @ G)
     h = torch.tanh(normal(4, 7, seed=5))
     torch.testing.assert_close(fn.feedback(G, B, h, "tanh"), G @ B.T * (1 - h * h))

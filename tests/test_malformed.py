@@ -44,7 +44,7 @@ def conv_gradient() -> dict[str, Any]:
 def feedback_update() -> dict[str, Any]:
     G = torch.randn(4, 6)
     key = {"step": STEP, "predicted_step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "rademacher", "offset": 0}
-    parts = {"M": torch.randn(6, 6), "R": None, "Q": None, "G": G, "prediction": torch.empty(2, 5, 6)}
+    parts = {"M": torch.randn(6, 6), "G": G, "R": None, "Q": None, "w": None, "prediction": torch.empty(2, 5, 6)}
     return {"B": torch.randn(9, 6), "out": torch.empty(9, 6), **parts, **key, "threads": 2, "simd": ""}
 
 

@@ -133,11 +133,13 @@ def test_ridge_keeps_its_floor_where_nothing_excites() -> None:
 def test_low_rank_gain_is_the_dense_one(beta: float) -> None:
     n, m = 7, 20
     R, w, xi, B = normal(n, m, seed=1), normal(n, seed=2), normal(n, 9, seed=3), normal(9, m, seed=4)
-    M, G = fb.Ridge(0.3, beta).update(measurement(R, w), {})
+    M, v = fb.Ridge(0.3, beta).update(measurement(R, w), {})
     assert isinstance(M, tuple)
-    dense = M[0].T @ M[1]
+    assert torch.equal(v, w)
+    dense, G = M[0].T @ M[1], w[:, None] * M[1]
+    close(feedback_update(B, xi, M, v), B @ (torch.eye(m, dtype=F64) - dense) + xi.T @ G, 100 * EPS)
     close(feedback_update(B, xi, M, G), B @ (torch.eye(m, dtype=F64) - dense) + xi.T @ G, 100 * EPS)
-    more, _ = fb.Ridge(0.3, beta).update(measurement(R.repeat(2, 1), w.repeat(2)), {})
+    more, _ = fb.Ridge(0.3, beta).update(measurement(R.repeat(3, 1), w.repeat(3)), {})
     assert isinstance(more, Tensor)
 
 

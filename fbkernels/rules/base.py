@@ -79,7 +79,7 @@ class Rule:
         return torch.zeros_like(normal)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
-        """(M, G) of B <- B (I - M) + Xi^T G."""
+        """(M, G) of B <- B (I - M) + Xi^T G, or ((R, Q), w) of M = R^T Q and G = w * Q, which costs less where N < m."""
         raise NotImplementedError(f"{type(self).__name__} does not update B")
 
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:

@@ -27,5 +27,5 @@ class LMS(Rule):
         return random_start(normal, layerwise)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
-        Q = self.lr * m.regressor
-        return m.regressor.mT @ Q, m.w[:, None] * Q
+        R, Q = m.regressor, self.lr * m.regressor
+        return ((R, Q), m.w) if R.shape[-2] < R.shape[-1] else (R.mT @ Q, m.w[:, None] * Q)

@@ -40,4 +40,4 @@ class Ridge(Rule):
         if V is None:
             V = (self.gamma * torch.eye(R.shape[-1], dtype=torch.float64, device=R.device)).expand(*R.shape[:-2], -1, -1)
         state["V"], Q, M, G = ops.ridge_gain(R, m.w, V, self.gamma, self.forgetting)
-        return (R, Q) if 2 * R.shape[-2] < R.shape[-1] else M, G
+        return ((R, Q), m.w) if R.shape[-2] < R.shape[-1] else (M, G)
