@@ -13,14 +13,23 @@ from rivals import Pointwise, Step
 from timing import in_turns, roofline
 from torch import Tensor
 
-import fbkernels as fb
+from fbkernels import ops
 
 BATCH, CHANNELS, OUTPUTS, STD = 64, 96, 100, 0.05
 UNITS = 16 * 16 * CHANNELS
 
 
 def ours(z: Tensor, q: Tensor, B: Tensor, M: Tensor, G: Tensor) -> Step:
-    raise NotImplementedError
+    step = torch.tensor(0)
+    window = ("relu", "max", False, [3, 3], [2, 2], [1, 1])
+
+    def run() -> tuple[Tensor, ...]:
+        nonlocal B
+        out = ops.perturbed_pointwise(z, q, None, *window, step, 0, 0, BATCH, STD, "gaussian")
+        B, _ = ops.feedback_update(B, M, None, None, G, step, None, 0, 0, 0, STD, "gaussian")
+        return out
+
+    return run
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -41,7 +50,7 @@ def test_pointwise(benchmark: Any, threads: int) -> None:
         "gb_s": moved / times["ours"] / 1e9,
         "gmac": UNITS * OUTPUTS * (BATCH + OUTPUTS) / 1e9,
         "threads": threads,
-        "build": fb.build_info(),
+        "build": ops.build_info(),
         **roofline(threads),
     }
     benchmark.pedantic(mine, rounds=20)
