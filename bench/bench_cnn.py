@@ -41,7 +41,7 @@ def ours(rule: fb.Rule) -> Step:
     x, y = batch()
     net = fb.convert(network(), feedback="direct", rule=rule, noise_std=STD)
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-    return backprop(net, criterion, lambda: (x, y), LR)
+    return backprop(net, criterion, lambda: (x, y), LR, fused=True)
 
 
 def plain(*, pool_first: bool = False, channels_last: bool = True) -> Step:
@@ -49,7 +49,7 @@ def plain(*, pool_first: bool = False, channels_last: bool = True) -> Step:
     net = network(pool_first)
     if not channels_last:
         net, x = net.to(memory_format=torch.contiguous_format), x.contiguous()
-    return backprop(net, nn.CrossEntropyLoss(), lambda: (x, y), LR)
+    return backprop(net, nn.CrossEntropyLoss(), lambda: (x, y), LR, fused=True)
 
 
 CONTENDERS: dict[str, Callable[[], Step]] = {

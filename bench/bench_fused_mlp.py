@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rivals import HandMLP, RidgeMLP, Step, backprop, mlp
+from rivals import HandMLP, RidgeMLP, Step, backprop, bare_backprop, mlp
 from timing import fastest, in_turns, repeat, roofline
 from torch import Tensor
 
@@ -44,29 +44,36 @@ def on(threads: int, run: Step) -> Step:
     return threaded
 
 
-def rivals(network: tuple, loss: str, x: Tensor, target: Tensor, labels: Tensor, lr: float, std: float, solvers: tuple) -> dict[str, Step]:
-    """``CALLS`` steps each on consecutive batches of an array that is shuffled already."""
+def rivals(
+    network: tuple, loss: str, x: Tensor, target: Tensor, labels: Tensor, lr: float, std: float, solvers: tuple
+) -> tuple[dict[str, Step], list[Tensor]]:
+    """``CALLS`` steps each on consecutive batches of an array that is shuffled already, and the weights they train."""
     sizes, activations = network
+    weights: list[Tensor] = []
 
     def batches(t: Tensor) -> Batches:
         places = itertools.cycle(range(0, EXAMPLES, BATCH))
         return lambda: (x[(i := next(places)) : i + BATCH], t[i : i + BATCH])
 
-    def by_hand(step: Callable[[Tensor, Tensor], None]) -> Step:
+    def by_hand(step: HandMLP) -> Step:
+        weights.extend(step.W)
         take = batches(target)
         return lambda: step(*take())
 
     contenders = {}
     for threads in (1, 2):
         net = mlp(sizes, activations)
+        weights.extend(net.parameters())
+        fit = (criterion(loss), batches(labels if loss == "cross_entropy" else target), lr)
         steps = {
-            "backprop autograd": backprop(net, criterion(loss), batches(labels if loss == "cross_entropy" else target), lr),
+            "backprop with torch.optim": backprop(net, *fit),
+            "backprop by autograd": bare_backprop(net, *fit),
             "backprop by hand": by_hand(HandMLP(net, activations, loss, BATCH, lr)),
         }
         for solver in solvers:
             steps[f"ridge {solver}"] = by_hand(RidgeMLP(net, activations, loss, BATCH, lr, std, solver))
         contenders |= {f"{name}, {threads} threads": on(threads, repeat(step, CALLS)) for name, step in steps.items()}
-    return contenders
+    return contenders, weights
 
 
 def ours(network: tuple, loss: str, x: Tensor, y: Tensor, lr: float, std: float) -> Step:
@@ -85,9 +92,11 @@ def compare(benchmark: Any, network: tuple, loss: str, target: Tensor | None, lr
         f"ours, {threads} threads": on(threads, ours(network, loss, x, labels if loss == "cross_entropy" else target, lr, std))
         for threads in (1, 2)
     }
-    times = in_turns(contenders | rivals(network, loss, x, target, labels, lr, std, solvers), 15)
+    eager, weights = rivals(network, loss, x, target, labels, lr, std, solvers)
+    times = in_turns(contenders | eager, 15)
+    assert all(W.isfinite().all() for W in weights)
     mine = fastest(times, "ours")
-    kinds = ("backprop autograd", "backprop by hand", *(f"ridge {solver}" for solver in solvers))
+    kinds = ("backprop with torch.optim", "backprop by autograd", "backprop by hand", *(f"ridge {solver}" for solver in solvers))
     benchmark.extra_info |= {
         "median_us": {name: t / CALLS * 1e6 for name, t in times.items()},
         "speedup": {kind: fastest(times, kind) / mine for kind in kinds},

@@ -18,9 +18,10 @@ aten = torch.ops.aten
 
 
 def backprop(
-    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float
+    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float, **options: bool
 ) -> Step:
-    optimizer = torch.optim.SGD(net.parameters(), lr, fused=True)
+    """As everybody writes it; ``options`` of ``torch.optim.SGD``."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, **options)
 
     def step() -> Tensor:
         x, y = batches()
@@ -28,6 +29,23 @@ def backprop(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def bare_backprop(
+    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float
+) -> Step:
+    """Without an optimiser object, whose bookkeeping is a fifth of a small network's step."""
+    parameters = list(net.parameters())
+
+    def step() -> Tensor:
+        x, y = batches()
+        loss = criterion(net(x), y)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=-lr)
         return loss.detach()
 
     return step

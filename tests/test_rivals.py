@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rivals import ACTIVATIONS, HandMLP, LearnedFeedbackCNN, Pointwise, RidgeMLP, backprop, cnn, mlp
+from rivals import ACTIVATIONS, HandMLP, LearnedFeedbackCNN, Pointwise, RidgeMLP, backprop, bare_backprop, cnn, mlp
 from torch import nn
 
 import fbkernels as fb
@@ -31,15 +31,16 @@ def batch(loss):
     )
 
 
+@pytest.mark.parametrize("rival", [backprop, bare_backprop])
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 @pytest.mark.parametrize("activations", [("tanh", "identity", "relu", "relu"), ("sigmoid", "tanh", "sigmoid", "identity")])
-def test_hand_backprop(activations, loss):
+def test_hand_backprop(activations, loss, rival):
     torch.manual_seed(0)
     net = mlp(SIZES, activations)
     hand = HandMLP(net, activations, loss, BATCH, LR)
     x, target = batch(loss)
     per_sample = criterion(loss)
-    step = backprop(net, lambda o, t: per_sample(o, t).sum(), lambda: (x, target), LR)
+    step = rival(net, lambda o, t: per_sample(o, t).sum(), lambda: (x, target), LR)
     for _ in range(STEPS):
         step(), hand(x, target)
     for module, W, b in zip([m for m in net if isinstance(m, nn.Linear)], hand.W, hand.b, strict=True):
