@@ -68,9 +68,10 @@ def kept_heap() -> Iterator[None]:
     mmap_max, mmap_threshold, trim_threshold = -4, -3, -1
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(mmap_max, 0), mallopt(trim_threshold, -1)
-    yield
-    # where the default's moving thresholds end up once a tensor of 32 MiB has been freed
-    mallopt(mmap_max, 65536), mallopt(mmap_threshold, 2**25), mallopt(trim_threshold, 2**26)
+    try:
+        yield
+    finally:  # where the default's moving thresholds end up once a tensor of 32 MiB has been freed
+        mallopt(mmap_max, 65536), mallopt(mmap_threshold, 2**25), mallopt(trim_threshold, 2**26)
 
 
 def resident(field: str = "VmRSS") -> int:
