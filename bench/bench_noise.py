@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from timing import in_turns, repeat
 
 from fbkernels import ops
 
@@ -22,23 +21,12 @@ cuda = pytest.param("cuda", 1, marks=pytest.mark.skipif(not torch.cuda.is_availa
 def prepare(call: Callable[[], torch.Tensor], device: str) -> Callable[[], Any]:
     """``CALLS`` calls; on a GPU as one graph with an output each, so that neither launches nor the cache count."""
     if device == "cpu":
-
-        def run() -> None:
-            for _ in range(CALLS):
-                call()
-
-        return run
+        return repeat(call, CALLS)
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = [call() for _ in range(CALLS)]
     return lambda: (outputs, graph.replay(), torch.cuda.synchronize())
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 @pytest.mark.parametrize(("device", "threads"), [("cpu", 1), ("cpu", 2), cuda])
@@ -49,9 +37,7 @@ def test_noise(benchmark: Any, kind: str, shape: tuple[int, int], device: str, t
     step = torch.tensor(0, device=device)
     ours = prepare(lambda: ops.noise(step, 1, 2, *shape, 0.05, kind), device)
     rival = prepare(lambda: torch.randn(shape, device=device), device)
-    seconds(ours), seconds(rival)
-    times = [(seconds(ours), seconds(rival)) for _ in range(50)]
-    mine, randn = (statistics.median(column) for column in zip(*times, strict=True))
+    mine, randn = in_turns({"ours": ours, "randn": rival}, 50).values()
     benchmark.extra_info |= {
         "ns_per_element": mine / CALLS / (shape[0] * shape[1]) * 1e9,
         "torch_randn_ns_per_element": randn / CALLS / (shape[0] * shape[1]) * 1e9,

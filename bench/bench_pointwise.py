@@ -1,0 +1,56 @@
+"""One feedback point: relu, max-pooling and noise on both streams, then the update of its B.
+
+``pytest bench/bench_pointwise.py --benchmark-json=FILE``
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rivals import Pointwise, Step
+from timing import in_turns, roofline
+from torch import Tensor
+
+from fbkernels import ops
+
+BATCH, CHANNELS, OUTPUTS, STD = 64, 96, 100, 0.05
+UNITS = 16 * 16 * CHANNELS
+
+
+def ours(z: Tensor, q: Tensor, B: Tensor, M: Tensor, G: Tensor) -> Step:
+    step = torch.tensor(0)
+    window = ("relu", "max", False, [3, 3], [2, 2], [1, 1])
+
+    def run() -> tuple[Tensor, ...]:
+        nonlocal B
+        out = ops.perturbed_pointwise(z, q, None, *window, step, 0, 0, BATCH, STD, "gaussian")
+        B, _ = ops.feedback_update(B, M, None, None, G, step, None, 0, 0, 0, STD, "gaussian")
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pointwise(benchmark: Any, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    z, q = (torch.randn(BATCH, CHANNELS, 32, 32).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    R = torch.randn(BATCH, OUTPUTS)
+    Q = torch.linalg.solve(torch.eye(OUTPUTS) + R.T @ R, R.T).T
+    problem = (z, q, torch.randn(UNITS, OUTPUTS), R.T @ Q, Q)
+    mine, rival = ours(*problem), Pointwise(*problem, STD)
+    times = in_turns({"ours": mine, "eager": rival}, 50)
+    # both streams in and out, a byte a pooled unit for where its maximum was, B in and out
+    moved = 4 * (2 * z.numel() + 2 * BATCH * UNITS + 2 * UNITS * OUTPUTS) + BATCH * UNITS
+    benchmark.extra_info |= {
+        "median_ms": {name: t * 1e3 for name, t in times.items()},
+        "speedup": times["eager"] / times["ours"],
+        "gb_s": moved / times["ours"] / 1e9,
+        "gmac": UNITS * OUTPUTS * (BATCH + OUTPUTS) / 1e9,
+        "threads": threads,
+        "build": ops.build_info(),
+        **roofline(threads),
+    }
+    benchmark.pedantic(mine, rounds=20)

@@ -1,0 +1,358 @@
+"""The rivals: what a careful user of torch would write by hand. Plain torch, nothing of fbkernels; tests/test_rivals.py holds them to it.
+
+A step is a function without arguments that trains on the next batch and returns the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Step = Callable[[], Any]
+aten = torch.ops.aten
+
+
+def backprop(
+    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float, **options: bool
+) -> Step:
+    """As everybody writes it; ``options`` of ``torch.optim.SGD``."""
+    optimizer = torch.optim.SGD(net.parameters(), lr, **options)
+
+    def step() -> Tensor:
+        x, y = batches()
+        loss = criterion(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def bare_backprop(
+    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float
+) -> Step:
+    """Without an optimiser object, whose bookkeeping is a fifth of a small network's step."""
+    parameters = list(net.parameters())
+
+    def step() -> Tensor:
+        x, y = batches()
+        loss = criterion(net(x), y)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=-lr)
+        return loss.detach()
+
+    return step
+
+
+# The paper's CIFAR-100 network
+
+
+def cnn(pool_first: bool = False) -> nn.Sequential:
+    """conv5x5 96-128-256, each relu and 3x3/2 max-pooling, fc 2048-2048-100. The order of relu and pooling does not change a number."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width in (96, 128, 256):
+        pair = (nn.ReLU(inplace=pool_first), nn.MaxPool2d(3, 2, 1))
+        layers += [nn.Conv2d(channels, width, 5, padding=2), *(reversed(pair) if pool_first else pair)]
+        channels = width
+    fc = (nn.Linear(4096, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 100))
+    return nn.Sequential(*layers, nn.Flatten(), *fc)
+
+
+class LearnedFeedbackCNN:
+    """A step of direct learned feedback on ``cnn()``, channels-last, cross-entropy, mean loss: ``rule`` "ridge" or "joint" (output).
+
+    No autograd: weight gradients alone, B of all points one matrix [units, K], its products one GEMM each, noise drawn in one call into
+    one buffer; relu after pooling, in place; both streams of the fully connected layers in one GEMM.
+    """
+
+    def __init__(self, net: nn.Sequential, x: Tensor, y: Tensor, rule: str = "ridge", std: float = 0.05, lr: float = 1e-4) -> None:
+        layers = [m for m in net if isinstance(m, (nn.Conv2d, nn.Linear))]
+        self.parameters = [p for m in layers for p in (m.weight, m.bias)]
+        self.W, self.b = [m.weight.detach() for m in layers], [m.bias.detach() for m in layers]
+        self.optimizer = torch.optim.SGD(self.parameters, lr, fused=True)
+        self.x, self.y, self.rule, self.std = x.contiguous(memory_format=torch.channels_last), y, rule, std
+        self.n, self.k = len(x), len(self.b[-1])
+        self.shapes = [(16, 16, 96), (8, 8, 128), (4, 4, 256), (2048,), (2048,)]
+        self.sizes = [torch.Size(s).numel() for s in self.shapes]
+        self.xi = torch.empty(self.n, sum(self.sizes))
+        self.B = torch.zeros(sum(self.sizes), self.k)
+        self.spare = torch.empty_like(self.B)
+        self.V = 0.1 * torch.eye(self.k, dtype=torch.float64)
+        self.eye = torch.eye(self.k)
+        self.fc = [torch.empty(2 * self.n, 4096), torch.empty(2 * self.n, 2048), torch.empty(2 * self.n, 2048)]
+
+    def draw(self) -> Tensor:
+        """Noise of standard deviation 1, [N, units], units numbered channels-last."""
+        return self.xi.normal_()
+
+    def split(self, units: Tensor) -> list[Tensor]:
+        """[N, units] by point, in the layout of its activity."""
+        parts = [u.view(self.n, *s) for u, s in zip(units.split(self.sizes, 1), self.shapes, strict=True)]
+        return [p.permute(0, 3, 1, 2) if p.ndim == 4 else p for p in parts]
+
+    def conv(self, i: int, h: Tensor) -> Tensor:
+        return F.conv2d(h, self.W[i], self.b[i], padding=2)
+
+    def conv_gradients(self, i: int, g: Tensor, h: Tensor, where: Tensor, z: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+        g = aten.threshold_backward.default(g, h, 0)
+        g = aten.max_pool2d_with_indices_backward.default(g, z, [3, 3], [2, 2], [1, 1], [1, 1], False, where)
+        out = aten.convolution_backward.default(
+            g, below, self.W[i], [len(self.b[i])], [1, 1], [2, 2], [1, 1], False, [0, 0], 1, [False, True, True]
+        )
+        return out[1], out[2]
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        n, std, y = self.n, self.std, self.y
+        xi = self.split(self.draw())
+        below, p, saved = self.x, None, []
+        for i in range(3):
+            z = self.conv(i, below)
+            h, where = F.max_pool2d(z, 3, 2, 1, return_indices=True)
+            h.relu_()
+            p = h if p is None else F.max_pool2d(self.conv(i, p), 3, 2, 1).relu_()
+            p = torch.add(p, xi[i], alpha=std) if p is h else p.add_(xi[i], alpha=std)
+            saved.append((i, h, where, z, below))
+            below = h
+        f, h4, h5 = self.fc
+        f[:n].copy_(below.flatten(1)), f[n:].copy_(p.flatten(1))
+        for i, (source, target) in enumerate(((f, h4), (h4, h5)), 3):
+            torch.addmm(self.b[i], source, self.W[i].t(), out=target).relu_()
+            target[n:].add_(xi[i], alpha=std)
+        logits = torch.addmm(self.b[5], h5, self.W[5].t())
+        logp = logits.double().log_softmax(1)
+        losses = F.nll_loss(logp, y.repeat(2), reduction="none")
+        e64 = logp[:n].exp()
+        e64[torch.arange(n), y] -= 1
+        ce = (e64 / n).float()
+
+        g = self.split(ce @ self.B.t())
+        gradients = [t for s, gl in zip(saved, g[:3], strict=True) for t in self.conv_gradients(s[0], gl, *s[1:])]
+        d4, d5 = aten.threshold_backward.default(g[3], h4[:n], 0), aten.threshold_backward.default(g[4], h5[:n], 0)
+        for d, h in ((d4, f), (d5, h4), (ce, h5)):
+            gradients += [d.t() @ h[:n], d.sum(0)]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+
+        if self.rule == "joint":
+            s = (logits[n:] - logits[:n]).addmm_(self.xi, self.B, alpha=-std)
+            self.B.addmm_(self.xi.t(), s, alpha=0.2 / (std * len(self.B)))
+        else:
+            self.V.addmm_(e64.t(), e64)
+            Q = torch.cholesky_solve(e64.t(), torch.linalg.cholesky(self.V)).t()
+            G = (((losses[n:] - losses[:n]) / std)[:, None] * Q).float()
+            torch.mm(self.B, self.eye - (e64.t() @ Q).float(), out=self.spare)  # a GEMM cannot write what it reads
+            self.B, self.spare = self.spare.addmm_(self.xi.t(), G), self.B
+        return losses[:n].mean()
+
+
+# Multilayer perceptrons
+
+
+def _relu_backward(g: Tensor, h: Tensor, *, grad_input: Tensor) -> Tensor:
+    return aten.threshold_backward.grad_input(g, h, 0, grad_input=grad_input)
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Tensor]] | None] = {
+    "sigmoid": (Tensor.sigmoid_, aten.sigmoid_backward.grad_input),
+    "tanh": (Tensor.tanh_, aten.tanh_backward.grad_input),
+    "relu": (Tensor.relu_, _relu_backward),
+    "identity": None,
+}
+
+
+def mlp(sizes: Sequence[int], activations: Sequence[str]) -> nn.Sequential:
+    modules = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+    layers: list[nn.Module] = []
+    for i, name in enumerate(activations):
+        layers.append(nn.Linear(sizes[i], sizes[i + 1]))
+        if name != "identity":
+            layers.append(modules[name]())
+    return nn.Sequential(*layers)
+
+
+class HandMLP:
+    """A backprop step of an MLP without autograd: sum loss, plain SGD folded into the weight gradients' GEMMs, every result in a buffer.
+
+    Targets are rows of numbers for ``loss="mse"`` (1/2 squared error), one-hot rows for "cross_entropy".
+    """
+
+    streams = 1
+
+    def __init__(self, net: nn.Sequential, activations: Sequence[str], loss: str, batch: int, lr: float) -> None:
+        layers = [m for m in net if isinstance(m, nn.Linear)]
+        self.n, self.lr, self.loss = batch, lr, loss
+        self.W = [m.weight.detach().clone() for m in layers]
+        self.b = [m.bias.detach().clone() for m in layers]
+        self.WT = [W.t() for W in self.W]
+        self.activations = [ACTIVATIONS[name] for name in activations]
+        self.H = [torch.empty(self.streams * batch, len(b)) for b in self.b]  # the clean rows first
+        self.clean = [H[:batch] for H in self.H]
+        self.delta = [torch.empty(batch, len(b)) for b in self.b]
+        self.deltaT = [d.t() for d in self.delta]
+        self.ones = torch.ones(batch)
+
+    def forward(self, x: Tensor) -> None:
+        below = x
+        for b, WT, H, activation in zip(self.b, self.WT, self.H, self.activations, strict=True):
+            torch.addmm(b, below, WT, out=H)
+            if activation is not None:
+                activation[0](H)
+            below = H
+
+    def error(self, target: Tensor) -> None:
+        """The output's pre-activation error, into ``delta[-1]``."""
+        y, e, activation = self.clean[-1], self.delta[-1], self.activations[-1]
+        if self.loss == "mse":
+            torch.sub(y, target, out=e)
+        else:
+            torch.softmax(y, 1, out=e)
+            e.sub_(target)
+        if activation is not None:
+            activation[1](e, y, grad_input=e)
+
+    def feedback(self, i: int) -> Tensor:
+        """What layer i hands its error down through, [n_i, n_{i-1}]."""
+        return self.W[i]
+
+    def learn(self, i: int) -> None:
+        """Called when the errors of layer i and below are known."""
+
+    def __call__(self, x: Tensor, target: Tensor) -> None:
+        with torch.inference_mode():
+            self.forward(x)
+            self.error(target)
+            for i in range(len(self.W) - 1, -1, -1):
+                if i:
+                    below, d = self.clean[i - 1], self.delta[i - 1]
+                    torch.mm(self.delta[i], self.feedback(i), out=d)
+                    activation = self.activations[i - 1]
+                    if activation is not None:
+                        activation[1](d, below, grad_input=d)
+                    self.learn(i)
+                else:
+                    below = x
+                self.W[i].addmm_(self.deltaT[i], below, alpha=-self.lr)
+                self.b[i].addmv_(self.deltaT[i], self.ones, alpha=-self.lr)
+
+
+class RidgeMLP(HandMLP):
+    """A step of layerwise learned feedback, each B by recursive ridge regression (gamma 0.1) in float64.
+
+    ``solver``: "solve" or "cholesky" factors V anew, "blocked" downdates its inverse by the batch (cheaper where m is above the batch).
+    """
+
+    streams = 2
+
+    def __init__(
+        self, net: nn.Sequential, activations: Sequence[str], loss: str, batch: int, lr: float, std: float, solver: str | Sequence[str]
+    ) -> None:
+        super().__init__(net, activations, loss, batch, lr)
+        self.std = std
+        self.perturbed = [H[batch:] for H in self.H]
+        widths = [len(b) for b in self.b]
+        self.solvers = [solver] * (len(widths) - 1) if isinstance(solver, str) else list(solver)
+        self.B = [torch.zeros(n, m) for n, m in pairwise(widths)]
+        self.BT = [B.t() for B in self.B]
+        self.V = [
+            torch.eye(m, dtype=torch.float64) * (10.0 if s == "blocked" else 0.1) for m, s in zip(widths[1:], self.solvers, strict=True)
+        ]
+        self.eye = torch.eye(batch, dtype=torch.float64)
+        self.noise = torch.empty(batch * sum(widths[:-1]))
+        parts = self.noise.split([batch * n for n in widths[:-1]])
+        self.xi = [p.view(batch, -1) for p in parts]
+        self.lam = [torch.empty_like(xi) for xi in self.xi]
+        self.lamT = [lam.t() for lam in self.lam]
+        self.w = torch.empty(batch, 1, 1)
+        self.change = torch.empty(batch, widths[-1])
+        self.mean_error = torch.empty(batch, widths[-1])
+
+    def draw(self) -> None:
+        self.noise.normal_()
+
+    def forward(self, x: Tensor) -> None:
+        self.draw()
+        below = x
+        for i, (b, WT, H, activation) in enumerate(zip(self.b, self.WT, self.H, self.activations, strict=True)):
+            target = H if i else self.clean[0]
+            torch.addmm(b, below, WT, out=target)
+            if activation is not None:
+                activation[0](target)
+            if i == 0:
+                torch.add(target, self.xi[0], alpha=self.std, out=self.perturbed[0])
+            elif i < len(self.xi):
+                self.perturbed[i].add_(self.xi[i], alpha=self.std)
+            below = H
+
+    def error(self, target: Tensor) -> None:
+        y, p, e = self.clean[-1], self.perturbed[-1], self.delta[-1]
+        if self.loss == "mse":
+            torch.sub(y, target, out=e)
+            torch.sub(p, y, out=self.change)
+            torch.add(e, self.change, alpha=0.5, out=self.mean_error)
+            torch.bmm(self.mean_error[:, None], self.change[:, :, None], out=self.w)  # (y~ - y)(y~ + y - 2t) / 2
+        else:
+            logp = torch.log_softmax(self.H[-1], 1)
+            torch.sub(logp[: self.n], logp[self.n :], out=self.change)
+            torch.bmm(target[:, None], self.change[:, :, None], out=self.w)
+            torch.exp(logp[: self.n], out=e)
+            e.sub_(target)
+        self.w.div_(self.std)
+        activation = self.activations[-1]
+        if activation is not None:
+            activation[1](e, y, grad_input=e)
+
+    def feedback(self, i: int) -> Tensor:
+        return self.BT[i - 1]
+
+    def gain(self, i: int, R: Tensor) -> Tensor:
+        """Q = R (V + R^T R)^-1, and V, or its inverse, for the next step."""
+        V, solver = self.V[i - 1], self.solvers[i - 1]
+        RT = R.t()
+        if solver == "blocked":
+            RP = R @ V
+            L = torch.linalg.cholesky(torch.addmm(self.eye, RP, RT))
+            T = torch.linalg.solve_triangular(L, RP, upper=False)
+            V.addmm_(T.t(), T, alpha=-1)
+            return torch.linalg.solve_triangular(L.t(), T, upper=True)
+        V.addmm_(RT, R)
+        if solver == "solve":
+            return torch.linalg.solve(V, RT).t()
+        return torch.cholesky_solve(RT, torch.linalg.cholesky_ex(V).L).t()
+
+    def learn(self, i: int) -> None:
+        Q = self.gain(i, self.delta[i].double()).float()
+        torch.mul(self.xi[i - 1], self.w[:, 0], out=self.lam[i - 1])
+        self.B[i - 1].addmm_(torch.addmm(self.lamT[i - 1], self.B[i - 1], self.deltaT[i], alpha=-1), Q)
+
+
+# One feedback point
+
+
+class Pointwise:
+    """relu, 3x3/2 max-pooling and noise on both streams of a channels-last convolution's output, then B <- B (I - M) + Xi^T G."""
+
+    def __init__(self, z: Tensor, q: Tensor, B: Tensor, M: Tensor, G: Tensor, std: float) -> None:
+        self.z, self.q, self.B, self.std = z, q, B.clone(), std
+        self.keep, self.GT = torch.eye(len(M)) - M, G
+        self.spare, self.xi = torch.empty_like(B), torch.empty(len(z), len(B))
+        self.shape = (len(z), z.shape[2] // 2, z.shape[3] // 2, z.shape[1])
+
+    @torch.inference_mode()
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
+        h, where = F.max_pool2d(self.z, 3, 2, 1, return_indices=True)
+        h.relu_()
+        xi = self.xi.normal_()
+        p = F.max_pool2d(self.q, 3, 2, 1).relu_().add_(xi.view(self.shape).permute(0, 3, 1, 2), alpha=self.std)
+        torch.mm(self.B, self.keep, out=self.spare)
+        self.B, self.spare = self.spare.addmm_(xi.t(), self.GT, alpha=self.std), self.B
+        return h, where, p
