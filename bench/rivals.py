@@ -339,11 +339,13 @@ class RidgeMLP(HandMLP):
 
 
 class Pointwise:
-    """relu, 3x3/2 max-pooling and noise on both streams of a channels-last convolution's output, then B <- B (I - M) + Xi^T G."""
+    """relu, 3x3/2 max-pooling and noise on both streams of a channels-last convolution's output, then the update of B by a gain of
+    factors R and Q, ``B <- B (I - R^T Q) + Xi^T (w * Q)``; ``low_rank``: as ``B + (w * Xi - R B^T)^T Q``, a fifth fewer products here."""
 
-    def __init__(self, z: Tensor, q: Tensor, B: Tensor, M: Tensor, G: Tensor, std: float) -> None:
+    def __init__(self, z: Tensor, q: Tensor, B: Tensor, R: Tensor, Q: Tensor, w: Tensor, std: float, low_rank: bool) -> None:
         self.z, self.q, self.B, self.std = z, q, B.clone(), std
-        self.keep, self.GT = torch.eye(len(M)) - M, G
+        self.R, self.Q, self.w, self.low_rank = R, Q, std * w[:, None], low_rank
+        self.keep, self.G = torch.eye(len(Q[0])) - R.T @ Q, std * w[:, None] * Q
         self.spare, self.xi = torch.empty_like(B), torch.empty(len(z), len(B))
         self.shape = (len(z), z.shape[2] // 2, z.shape[3] // 2, z.shape[1])
 
@@ -353,6 +355,9 @@ class Pointwise:
         h.relu_()
         xi = self.xi.normal_()
         p = F.max_pool2d(self.q, 3, 2, 1).relu_().add_(xi.view(self.shape).permute(0, 3, 1, 2), alpha=self.std)
-        torch.mm(self.B, self.keep, out=self.spare)
-        self.B, self.spare = self.spare.addmm_(xi.t(), self.GT, alpha=self.std), self.B
+        if self.low_rank:
+            self.B.addmm_(xi.mul_(self.w).addmm_(self.R, self.B.t(), alpha=-1).t(), self.Q)
+        else:
+            torch.mm(self.B, self.keep, out=self.spare)
+            self.B, self.spare = self.spare.addmm_(xi.t(), self.G), self.B
         return h, where, p
