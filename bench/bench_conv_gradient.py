@@ -5,14 +5,12 @@ The rival gets the unpooled error for nothing. ``speedup`` is the ratio of media
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timing import in_turns
 
 from fbkernels import ops, reference
 
@@ -32,12 +30,6 @@ LAYERS = {
     "vgg": (64, 128, 56, 3, 2, 2),
 }
 SAMPLES = 64
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -68,13 +60,9 @@ def test_conv_gradient(benchmark: Any, layer: str, threads: int) -> None:
             dense, x, weight, [outputs], (1, 1), padding, (1, 1), False, (0, 0), 1, (False, True, True)
         )
 
-    seconds(ours), seconds(rival)
-    times = [(seconds(ours), seconds(rival)) for _ in range(15)]
-    mine, torchs = (statistics.median(column) for column in zip(*times, strict=True))
+    times = in_turns({"ours": ours, "oneDNN": rival}, 15)
     benchmark.extra_info |= {
-        "ms": mine * 1e3,
-        "torch_ms": torchs * 1e3,
-        "speedup": torchs / mine,
+        "median_ms": {name: t * 1e3 for name, t in times.items()},
         "threads": threads,
         "build": ops.build_info(),
     }

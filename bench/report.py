@@ -1,6 +1,7 @@
 """Write bench/results/README.md and bench/figures from the runs in bench/results: ``python bench/report.py``.
 
 A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json.
+Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written.
 """
 
 from __future__ import annotations
@@ -63,9 +64,44 @@ def table(run: Path) -> str:
     return f"\n## {run.name}\n\n`{command(summary['settings'])}`\n\n{versions}; {hardware}\n\n" + "\n".join(lines) + "\n"
 
 
+def figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def timings(path: Path) -> str:
+    """A line a benchmark: ours, and each rival with its time over ours."""
+    data = json.loads(path.read_text())
+    machine, benchmarks = data["machine_info"], data["benchmarks"]
+    lines = ["| benchmark | ours | others, and their time over ours |", "| --- | --- | --- |"]
+    rates: dict[str, float] = {}
+    for b in benchmarks:
+        info = b["extra_info"]
+        rates |= {k: v for k, v in info.items() if k.endswith(("_gmac_s", "_gb_s")) or "gmac_s_" in k or "gb_s_" in k}
+        name = b["name"].removeprefix("test_")
+        if "peak_mib" in info:
+            peak = info["peak_mib"]
+            ours = ", ".join(f"{k.removeprefix('ours ')} {v:.0f} MiB" for k, v in peak.items() if k.startswith("ours"))
+            rest = ", ".join(f"{k} {v:.0f}" for k, v in peak.items() if not k.startswith("ours"))
+            lines.append(f"| {name} | {ours} | {rest}; limit {info['limit_mib']:.0f} |")
+        for unit in ("ms", "us", "ns"):
+            times = info.get(f"median_{unit}", {})
+            mine = {k: v for k, v in times.items() if k.startswith("ours")}
+            best = min(mine.values(), default=0.0)
+            if mine:
+                ours = ", ".join(f"{k.removeprefix('ours').strip(' ,')} {figure(v)} {unit}".strip() for k, v in mine.items())
+                rest = ", ".join(f"{k} {figure(v)} ({v / best:.2f})" for k, v in times.items() if k not in mine)
+                lines.append(f"| {name} | {ours} | {rest} |")
+    heading = f"\n## {path.stem}\n\n`pytest bench --benchmark-json={path.stem}.json`, medians of calls in turns\n"
+    cpu = machine["cpu"].get("brand_raw", machine["processor"])
+    where = f"{cpu}, {machine['cpu'].get('count', '?')} cores, python {machine['python_version']}; {data['datetime'][:10]}"
+    roof = ", ".join(f"{k} {figure(v)}" for k, v in sorted(rates.items()))
+    return f"{heading}\n{where}\n\n" + "\n".join(lines) + f"\n\nThe machine's own rates in the same run: {roof}.\n"
+
+
 def main() -> None:
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
-    (RESULTS / "README.md").write_text(HEAD + "".join(map(table, runs)))
+    benchmarks = sorted(path for path in RESULTS.glob("*.json") if "benchmarks" in json.loads(path.read_text()))
+    (RESULTS / "README.md").write_text(HEAD + "".join(map(timings, benchmarks)) + "".join(map(table, runs)))
     for run in runs:
         figures = RESULTS.parent / "figures" / run.name
         figures.mkdir(parents=True, exist_ok=True)
