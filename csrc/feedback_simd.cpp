@@ -36,7 +36,7 @@ static void multiply_add(float sign, int64_t rows, int64_t cols, int64_t depth, 
 void feedback_update(const FeedbackUpdateParams& p, int64_t task) {
   const int64_t m = p.outputs;
   constexpr int64_t depth_block = 128;
-  alignas(64) float xi[sample_block * unit_block], Bt[depth_block * unit_block];
+  alignas(64) float xi[sample_block * unit_block], residual[unit_block * sample_block], Rt[depth_block * sample_block];
   int64_t begin = task * p.task_units, end = begin + p.task_units < p.units ? begin + p.task_units : p.units;
   float* part = p.prediction ? p.prediction + (1 + task) * p.predicted_rows * m : nullptr;
   if (part) memset(part, 0, size_t(p.predicted_rows * m) * sizeof(float));
@@ -49,18 +49,26 @@ void feedback_update(const FeedbackUpdateParams& p, int64_t task) {
     for (int64_t n = 0; p.out && n < p.rows; n += sample_block) {
       int64_t samples = p.rows - n < sample_block ? p.rows - n : sample_block;
       regenerate(p.noise, p.kind, n, samples, u, xi);
-      if (p.R) {
-        for (int64_t i = 0; i < samples; ++i)
-          for (int64_t c = 0; c < unit_block; c += lanes)
-            store(xi + i * unit_block + c, p.w[n + i] * load(xi + i * unit_block + c));
-        for (int64_t k = 0; k < m; k += depth_block) {
-          int64_t depth = m - k < depth_block ? m - k : depth_block;
-          if (n == 0 || m > depth_block)
-            transpose(count, depth, [=](int64_t i) { return B + i * m + k; }, Bt, unit_block);
-          multiply_add(-1, samples, count, depth, {p.R + n * m + k, m, 1}, Bt, unit_block, xi, unit_block);
-        }
+      if (!p.R) {
+        multiply_add(1, count, m, samples, {xi, 1, unit_block}, p.G + n * m, m, out, m);
+        continue;
       }
-      multiply_add(1, count, m, samples, {xi, 1, unit_block}, (p.R ? p.Q : p.G) + n * m, m, out, m);
+      // residual of each unit and sample, w xi - B r
+      transpose(samples, count, [&](int64_t i) { return xi + i * unit_block; }, residual, sample_block);
+      f32v w[sample_block / lanes];
+      for (int64_t c = 0; c < samples; c += lanes)
+        w[c / lanes] = samples - c < lanes ? load(p.w + n + c, samples - c) : load(p.w + n + c);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t c = 0; c < samples; c += lanes) {
+          float* at = residual + i * sample_block + c;
+          store(at, w[c / lanes] * load(at));
+        }
+      for (int64_t k = 0; k < m; k += depth_block) {
+        int64_t depth = m - k < depth_block ? m - k : depth_block;
+        transpose(samples, depth, [&](int64_t i) { return p.R + (n + i) * m + k; }, Rt, sample_block);
+        multiply_add(-1, count, samples, depth, {B + k, m, 1}, Rt, sample_block, residual, sample_block);
+      }
+      multiply_add(1, count, m, samples, {residual, sample_block, 1}, p.Q + n * m, m, out, m);
     }
     for (int64_t n = 0; part && n < p.predicted_rows; n += sample_block) {
       int64_t samples = p.predicted_rows - n < sample_block ? p.predicted_rows - n : sample_block;
