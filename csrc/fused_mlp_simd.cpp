@@ -96,12 +96,9 @@ struct Run {
     float* h = s.h[l];
     if (l == 0) {
       const float** x = row;
-      float* to = h + own.first * columns;
-      const int64_t stride = columns;
       dot(
-          batch, own.size(), layer.inputs, [=](int64_t i) { return x[i]; },
-          Rows{layer.weight + own.first * layer.inputs, layer.inputs},
-          [=](int64_t i, int64_t j, float z) { to[j * stride + i] = z; });
+          own.size(), batch, layer.inputs, Rows{layer.weight + own.first * layer.inputs, layer.inputs},
+          [=](int64_t i) { return x[i]; }, h + own.first * columns, columns);
     } else {
       const int64_t stride = columns;
       outer(own.first, own.last, columns, layer.inputs, Strided<float>{layer.weight, layer.inputs, 1},

@@ -74,40 +74,48 @@ FBK_INLINE void transpose(int64_t rows, int64_t cols, From from, float* to, int6
 }
 
 // Tiles of the dot form: as many accumulators as there are lanes, so that one transposed reduction serves them all.
-constexpr int dot_rows = lanes >= 8 ? 4 : 2, dot_cols = lanes / dot_rows;
+constexpr int dot_cols = 4, dot_rows = lanes / dot_cols;
 
-// C[i, j] = sum_k A[i, k] B[j, k]: a(i) and b(j) point to rows, emit(i, j, value) takes the result.
-template <class A, class B, class Emit>
-FBK_INLINE void dot(int64_t rows, int64_t cols, int64_t depth, A a, B b, Emit emit) {
-  int64_t whole = depth / lanes * lanes, rest = depth - whole;
-  for (int64_t j0 = 0; j0 < cols; j0 += dot_cols)
-    for (int64_t i0 = 0; i0 < rows; i0 += dot_rows) {
-      // rows beyond the edge repeat the last one
-      const float *p[dot_rows], *q[dot_cols];
+// to[i * stride + j] = sum_k A[i, k] B[j, k]: a(i) and b(j) point to rows, of which those of B are read from afar once.
+template <class A, class B>
+FBK_INLINE void dot(int64_t rows, int64_t cols, int64_t depth, A a, B b, float* to, int64_t stride) {
+  constexpr int64_t near = 2 * dot_cols;  // rows of B that the nearest cache keeps
+  const int64_t whole = depth / lanes * lanes, rest = depth - whole;
+  auto tile = [&](int64_t i0, int64_t j0) __attribute__((always_inline)) {
+    // rows beyond the edge repeat the last one
+    const float *p[dot_rows], *q[dot_cols];
 #pragma GCC unroll 8
-      for (int i = 0; i < dot_rows; ++i) p[i] = a(i0 + i < rows ? i0 + i : rows - 1);
+    for (int i = 0; i < dot_rows; ++i) p[i] = a(i0 + i < rows ? i0 + i : rows - 1);
 #pragma GCC unroll 8
-      for (int j = 0; j < dot_cols; ++j) q[j] = b(j0 + j < cols ? j0 + j : cols - 1);
-      f32v sum[lanes] = {};
-      auto add = [&](auto get) __attribute__((always_inline)) {
-        f32v y[dot_cols];
+    for (int j = 0; j < dot_cols; ++j) q[j] = b(j0 + j < cols ? j0 + j : cols - 1);
+    f32v sum[lanes] = {};
+    auto add = [&](auto get) __attribute__((always_inline)) {
+      f32v y[dot_cols];
 #pragma GCC unroll 8
-        for (int j = 0; j < dot_cols; ++j) y[j] = get(q[j]);
+      for (int j = 0; j < dot_cols; ++j) y[j] = get(q[j]);
 #pragma GCC unroll 8
-        for (int i = 0; i < dot_rows; ++i) {
-          f32v x = get(p[i]);
+      for (int i = 0; i < dot_rows; ++i) {
+        f32v x = get(p[i]);
 #pragma GCC unroll 8
-          for (int j = 0; j < dot_cols; ++j) sum[i * dot_cols + j] = mul_add(x, y[j], sum[i * dot_cols + j]);
-        }
-      };
-      for (int64_t k = 0; k < whole; k += lanes)
-        add([k](const float* row) __attribute__((always_inline)) { return load(row + k); });
-      if (rest) add([=](const float* row) __attribute__((always_inline)) { return load(row + whole, rest); });
-      float out[lanes];
-      store(out, sums(sum));
-      for (int i = 0; i < dot_rows && i0 + i < rows; ++i)
-        for (int j = 0; j < dot_cols && j0 + j < cols; ++j) emit(i0 + i, j0 + j, out[i * dot_cols + j]);
+        for (int j = 0; j < dot_cols; ++j) sum[i * dot_cols + j] = mul_add(x, y[j], sum[i * dot_cols + j]);
+      }
+    };
+    for (int64_t k = 0; k < whole; k += lanes)
+      add([k](const float* row) __attribute__((always_inline)) { return load(row + k); });
+    if (rest) add([=](const float* row) __attribute__((always_inline)) { return load(row + whole, rest); });
+    float out[lanes];
+    store(out, sums(sum));
+    for (int i = 0; i < dot_rows && i0 + i < rows; ++i) {
+      float* at = to + (i0 + i) * stride + j0;
+      if (cols - j0 >= dot_cols)
+        memcpy(at, out + i * dot_cols, dot_cols * sizeof(float));
+      else
+        memcpy(at, out + i * dot_cols, size_t(cols - j0) * sizeof(float));
     }
+  };
+  for (int64_t j0 = 0; j0 < cols; j0 += near)
+    for (int64_t i0 = 0; i0 < rows; i0 += dot_rows)
+      for (int64_t j = j0; j < cols && j < j0 + near; j += dot_cols) tile(i0, j);
 }
 
 // One factor of the outer form, element (i, k) at data[i * row + k * col].
