@@ -13,10 +13,10 @@
 namespace fbk {
 
 int64_t fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads) {
-  // below this many products a step, a barrier costs more than another core saves
+  // a thread for each so many products of a step: with less to do, its data cost more on their way than it saves
   int64_t products = 0;
   for (int l = 0; l < p.layers; ++l) products += p.batch * p.layer[l].inputs * p.layer[l].units;
-  threads = int(std::min<int64_t>({threads, omp_get_num_procs(), 1 + products / 300000}));
+  threads = int(std::min<int64_t>({threads, omp_get_num_procs(), 1 + products / 600000}));
   MlpScratch measured(p, nullptr, threads);
   std::unique_ptr<char, decltype(&free)> memory(static_cast<char*>(aligned_alloc(64, measured.size)), &free);
   if (!memory) throw std::bad_alloc();

@@ -212,7 +212,7 @@ def test_thread_count_changes_no_bit(rule: fb.Rule, feedback: str, batch: int, t
     for count in (1, 2):
         threads(count)
         rule = fb.LMS(1e-5) if isinstance(rule, fb.LMS) else rule  # stable at this size
-        net, x, y = make((130, 90, 37, 50), 60, classes=False, rule=rule, feedback=feedback, optimizer="adam", lr=1e-4)
+        net, x, y = make((130, 290, 37, 50), 60, classes=False, rule=rule, feedback=feedback, optimizer="adam", lr=1e-4)
         results.append(learned(net, net.fit(x, y, steps=12, batch_size=batch)))
     assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*results, strict=True))
 
