@@ -432,7 +432,7 @@ def test_bad_data_changes_nothing() -> None:
 
 
 def test_malformed_calls_of_the_compiled_part_raise() -> None:
-    """5,000 calls, each with some arguments replaced by ones that fit another place or none."""
+    """2,000 calls, each with some arguments replaced by ones that fit another place or none."""
     net, x, y = make((5, 6, 4, 3), 11, classes=False)
     good: dict[str, Any] = {}
     original = _C.fused_mlp
@@ -469,7 +469,7 @@ def test_malformed_calls_of_the_compiled_part_raise() -> None:
         [x, x, x],
     ]
     refused = 0
-    for _ in range(5000):
+    for _ in range(2000):
         call = dict(good)
         for name in generator.sample(list(call), generator.randint(1, 3)):
             call[name] = generator.choice(pool)
@@ -478,4 +478,4 @@ def test_malformed_calls_of_the_compiled_part_raise() -> None:
             original(**call)
         except (ValueError, TypeError, RuntimeError, MemoryError):
             refused += 1
-    assert refused > 3000
+    assert refused > 1200
