@@ -466,9 +466,17 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
   }
   fbk::Simd path = simd_named(simd);
   if (p.steps == 0) return;
-  py::gil_scoped_release release;
-  counters.ptr<int64_t>()[1] += fbk::fused_mlp_cpu(p, path, threads);
-  counters.ptr<int64_t>()[0] += p.steps;
+  fbk::FusedMlpResult result;
+  {
+    py::gil_scoped_release release;
+    result = fbk::fused_mlp_cpu(p, path, threads);
+  }
+  counters.ptr<int64_t>()[1] += result.skipped;
+  counters.ptr<int64_t>()[0] += result.steps;
+  if (result.steps < p.steps)
+    throw std::runtime_error("the ridge regression of step " + std::to_string(step + result.steps - 1) +
+                             " is beyond float64: |r|^2 is too large for gamma = " + std::to_string(rule_rate) +
+                             ", so choose a larger gamma or a smaller lr");
 }
 
 static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {

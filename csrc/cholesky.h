@@ -29,11 +29,13 @@ FBK_INLINE void add_scaled(double* y, double a, const double* x, int64_t n) {
 }
 
 // A [n, n] symmetric, is overwritten; inverse <- L^-1, lower triangular, of A = L L^T. Elimination on [A | I].
-FBK_INLINE void inverse_cholesky(double* A, double* inverse, int64_t n) {
+// False where A is not positive definite.
+FBK_INLINE bool inverse_cholesky(double* A, double* inverse, int64_t n) {
   memset(inverse, 0, size_t(n * n) * sizeof(double));
   for (int64_t k = 0; k < n; ++k) {
     double* row = A + k * n;
     double* own = inverse + k * n;
+    if (!(row[k] > 0)) return false;
     double scale = 1 / std::sqrt(row[k]);
     own[k] = 1;
     for (int64_t j = k; j < n; ++j) row[j] *= scale;
@@ -43,6 +45,7 @@ FBK_INLINE void inverse_cholesky(double* A, double* inverse, int64_t n) {
       add_scaled(inverse + i * n, -row[i], own, k + 1);
     }
   }
+  return true;
 }
 
 }  // namespace fbk

@@ -64,6 +64,8 @@ struct MlpScratch {
   double *R[max_layers], *U[max_layers], *Ut[max_layers], *T[max_layers], *S[max_layers], *inverse[max_layers];
   const float** row;  // [threads, batch]
   int64_t* skipped;
+  int64_t* taken;  // steps
+  bool* failed;    // by regression: float64 does not carry it
   unsigned* barrier;
 
   template <class T>
@@ -100,12 +102,18 @@ struct MlpScratch {
     }
     take(row, threads * n);
     take(skipped, 1);
+    take(taken, 1);
+    take(failed, p.layers);
     take(barrier, 1);
   }
 };
 
-// Runs p.steps steps; returns the number of samples whose loss or loss change was not finite.
-int64_t fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads);
+struct FusedMlpResult {
+  int64_t skipped;  // samples whose loss or loss change was not finite
+  int64_t steps;    // taken: fewer than asked for where float64 does not carry a ridge; the last then left B alone
+};
+
+FusedMlpResult fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads);
 // out <- the order of an epoch: the stable argsort of the Philox words of (seed, epoch, point 2^32 - 1), one a sample
 void shuffle_cpu(int64_t* out, int64_t samples, uint64_t seed, int64_t epoch);
 

@@ -12,7 +12,7 @@
 
 namespace fbk {
 
-int64_t fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads) {
+FusedMlpResult fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads) {
   // a thread for each so many products of a step: with less to do, its data cost more on their way than it saves
   int64_t products = 0;
   for (int l = 0; l < p.layers; ++l) products += p.batch * p.layer[l].inputs * p.layer[l].units;
@@ -26,7 +26,8 @@ int64_t fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads) {
     MlpScratch scratch(p, memory.get(), threads);
     FBK_SIMD_CALL(simd, fused_mlp(p, scratch, omp_get_thread_num(), omp_get_num_threads()));
   }
-  return *MlpScratch(p, memory.get(), threads).skipped;
+  MlpScratch scratch(p, memory.get(), threads);
+  return {*scratch.skipped, *scratch.taken};
 }
 
 void shuffle_cpu(int64_t* out, int64_t samples, uint64_t seed, int64_t epoch) {

@@ -272,12 +272,15 @@ struct Run {
     }
     if (p.rule == MlpRule::ridge && p.downdate) {
       for (int64_t c = 0; c < pad; c += lanes) {
-        f32v use = usable(r, c);
+        f32v use = usable(r, c), power{};
         for (int64_t j = 0; j < m; ++j) {
           f32v v = load(regressor(r) + j * pad + c);
           v = use == 0.0f ? f32v{} : v;
           for (int i = 0; i < lanes; ++i) s.R[r][j * pad + c + i] = double(v[i]);
+          power = mul_add(v, v, power);
         }
+        // r^T P r is computed to eps |r|^2 / gamma, and counts beside 1
+        for (int i = 0; i < lanes; ++i) s.failed[r] |= !(double(power[i]) < 1e13 * p.rule_rate);
       }
       return;
     }
@@ -326,7 +329,10 @@ struct Run {
       put(V + i * m + c, v, n);
       put(S + i * m + c, v, n);
     });
-    inverse_cholesky(S, inverse, m);
+    if (!inverse_cholesky(S, inverse, m)) {
+      s.failed[r] = true;
+      return;
+    }
     outer(0, m, m, m, Strided<double>{inverse, 1, m}, row_of(inverse),
           [=](int64_t i, int64_t c, f64v v, int64_t n) { put(S + i * m + c, v, n); });
     outer(0, batch, m, m, Strided<double>{weighted, m, 1}, row_of(S),
@@ -472,11 +478,18 @@ struct Run {
       total += double(s.loss[n]);
       *s.skipped += s.ok[n] == 0;
     }
+    ++*s.taken;
     p.losses[t] = total;
   }
 
-  // SPEC 5: the gradients of W use the B of before, B's update what this step measured.
-  void one(int64_t t) {
+  bool failed() const {
+    bool any = false;
+    for (int r = 0; r < p.regressions(); ++r) any |= s.failed[r];
+    return any;
+  }
+
+  // SPEC 5: the gradients of W use the B of before, B's update what this step measured. False where there is none.
+  bool one(int64_t t) {
     for (int64_t n = 0; n < batch; ++n) row[n] = p.x + p.rows[t * batch + n] * p.layer[0].inputs;
     for (int l = 0; l < p.layers; ++l) forward(l), wait();
     measure(t), wait();
@@ -493,14 +506,16 @@ struct Run {
     if (thread == threads - 1) record(t);
     if (p.perturbs()) {
       wait();
+      if (!p.downdate && failed()) return false;
       if (p.rule == MlpRule::ridge && p.downdate) {
         for (int r = 0; r < p.regressions(); ++r) project(r, t > 0);
         wait();
         for (int r = 0; r < p.regressions(); ++r) innovate(r);
         wait();
         for (int r = 0; r < p.regressions(); ++r)
-          if (r % threads == thread) inverse_cholesky(s.S[r], s.inverse[r], batch);
+          if (r % threads == thread) s.failed[r] |= !inverse_cholesky(s.S[r], s.inverse[r], batch);
         wait();
+        if (failed()) return false;
         for (int r = 0; r < p.regressions(); ++r) gains(r);
         wait();
       }
@@ -509,6 +524,7 @@ struct Run {
     }
     wait();
     ++step;
+    return true;
   }
 };
 
@@ -518,7 +534,8 @@ void fused_mlp(const FusedMlpParams& p, const MlpScratch& s, int thread, int thr
   Run run{p, s, thread, threads};
   run.make_noise(p.step);
   run.wait();
-  for (int64_t t = 0; t < p.steps; ++t) run.one(t);
+  for (int64_t t = 0; t < p.steps; ++t)
+    if (!run.one(t)) return;
   if (p.rule == MlpRule::ridge && p.downdate)
     for (int r = 0; r < p.regressions(); ++r) run.downdate(r, run.share(p.layer[r].regressors));
 }

@@ -182,6 +182,8 @@ class FusedMLP:
 
         Raises:
             TypeError, ValueError: naming the argument, its value and what was expected; nothing has changed then.
+            RuntimeError: a ridge whose regressors are too large for its gamma: ``|r|^2`` of 1e13 gamma where a batch is smaller than the
+                regressors are many, a matrix that is not positive definite in float64 otherwise. That step left B as it was.
         """
         self._check(x, y)
         integer("steps", steps, 0, 2**62 - self.step)

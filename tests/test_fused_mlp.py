@@ -374,6 +374,36 @@ def test_samples_that_are_not_finite(rule: fb.Rule, feedback: str, loss: str, ba
     assert net.skipped == 5
 
 
+@pytest.mark.parametrize("threads_", [1, 2])
+def test_a_ridge_beyond_float64_raises(threads_: int, threads: Any) -> None:
+    """|r|^2 of 1e13 gamma is refused, of 1e11 gamma regressed like any other; B stays what it was, and W what the step made of it."""
+    threads(threads_)
+    for outputs, batch in ((33, 6), (700, 32)):
+        for scale, beyond in ((1e5, False), (1e8, True)):
+            net, x, y = make((9, 8, 40, outputs), 64, classes=False, warmup=3, rule=fb.Ridge(1.0), noise_std=0.5)
+            net.fit(x, y, steps=2, batch_size=batch)
+            before = [B.clone() for B in net.B]
+            if not beyond:
+                net.fit(x, scale / math.sqrt(outputs) * y, steps=1, batch_size=batch)
+                assert all(B.isfinite().all() for B in (*net.B, *net._V)) and net.step == 3
+                continue
+            with pytest.raises(RuntimeError, match=r"step 2 is beyond float64.*gamma"):
+                net.fit(x, scale / math.sqrt(outputs) * y, steps=5, batch_size=batch)
+            assert net.step == 3
+            assert all(torch.equal(B, b) for B, b in zip(net.B, before, strict=True))
+            assert all(torch.linalg.eigvalsh(P)[0] > 0 for P in net._V)
+
+
+def test_a_matrix_that_is_not_positive_definite_raises() -> None:
+    net, x, y = make((9, 8, 4, 3), 23)
+    net._V[1].copy_(-torch.eye(3, dtype=torch.float64) * 1e9)
+    before = [B.clone() for B in net.B]
+    with pytest.raises(RuntimeError, match=r"step 0 is beyond float64.*gamma"):
+        net.fit(x, y, steps=5, batch_size=6)
+    assert net.step == 1
+    assert all(torch.equal(B, b) for B, b in zip(net.B, before, strict=True))
+
+
 # bad input
 
 
