@@ -50,7 +50,7 @@ struct FusedMlpParams {
 
 // What a run needs besides: activities and the like are [units, columns], a column a sample, padded to whole vectors.
 struct MlpScratch {
-  static constexpr int max_layers = FusedMlpParams::max_layers;
+  static constexpr int max_layers = FusedMlpParams::max_layers, slices = 8;
   char* base;
   size_t size;
   int64_t pad, columns;
@@ -62,7 +62,8 @@ struct MlpScratch {
   float* prediction;                                                 // joint: [outputs, pad]
   float* gain[max_layers];                                           // Q [batch, regressors]
   double *R[max_layers], *U[max_layers], *Ut[max_layers], *T[max_layers], *S[max_layers], *inverse[max_layers];
-  const float** row;  // [threads, batch]
+  double* part[max_layers];  // [slices, regressors, pad]: of U
+  const float** row;         // [threads, batch]
   int64_t* skipped;
   int64_t* taken;  // steps
   bool* failed;    // by regression: float64 does not carry it
@@ -98,7 +99,7 @@ struct MlpScratch {
       const int64_t k = p.downdate ? n : m;  // the order of what is factored
       take(R[r], m * pad), take(S[r], k * k), take(inverse[r], k * k);
       take(U[r], m * pad);
-      if (p.downdate) take(Ut[r], m * n), take(T[r], m * n);
+      if (p.downdate) take(Ut[r], m * n), take(T[r], m * n), take(part[r], slices * m * pad);
     }
     take(row, threads * n);
     take(skipped, 1);

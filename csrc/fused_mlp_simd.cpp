@@ -340,25 +340,63 @@ struct Run {
   }
 
   // The same from P = V^-1, which the N x N matrix I + R P R^T takes down to its next value; cheap where N < m.
-  // U = P R^T, and before it what is left of the step before: P <- P - T^T T, while these rows of P are in the cache.
-  void project(int r, bool pending) const {
-    constexpr int64_t block = 24, deep = 112;
-    const int64_t m = p.layer[r].regressors, stride = pad;
-    Range own = share(m);
-    double *R = s.R[r], *U = s.U[r], *Ut = s.Ut[r], *P = p.layer[r].statistics;
-    for (int64_t i0 = own.first; i0 < own.last; i0 += block) {
-      const int64_t i1 = own.last - i0 < block ? own.last : i0 + block;
-      if (pending) downdate(r, {i0, i1});
-      for (int64_t k0 = 0; k0 < m; k0 += deep) {
-        const int64_t depth = m - k0 < deep ? m - k0 : deep;
+  // Of P the rows up to the diagonal, cut into slices of the same size whatever the number of threads.
+  static constexpr int slices = MlpScratch::slices;
+  Range slice(int64_t m, int g) const {
+    auto bound = [m](int i) { return int64_t(double(m) * std::sqrt(double(i) / slices)); };
+    return {bound(g), bound(g + 1)};
+  }
+
+  template <class F>
+  void blocks(int r, int g, F visit) const {
+    constexpr int64_t block = 48;
+    Range own = slice(p.layer[r].regressors, g);
+    for (int64_t i = own.first; i < own.last; i += block) visit(Range{i, own.last - i < block ? own.last : i + block});
+  }
+
+  // A slice's part of U = P R^T, and before it what is left of the step before: P <- P - T^T T, while it is in the
+  // cache.
+  void project(int r, int g, bool pending) const {
+    constexpr int64_t deep = 96;
+    const int64_t m = p.layer[r].regressors, stride = pad, first = slice(m, g).first;
+    double *R = s.R[r], *U = s.part[r] + g * m * pad, *P = p.layer[r].statistics;
+    blocks(r, g, [=, this](Range rows) {
+      const int64_t i0 = rows.first, i1 = rows.last;
+      if (pending) downdate(r, rows);
+      for (int64_t k0 = 0; k0 < i1; k0 += deep) {
+        const int64_t k1 = i1 - k0 < deep ? i1 : k0 + deep;
+        auto into = [=](bool fresh) {
+          return [=](int64_t i, int64_t c, f64v v, int64_t n) {
+            double* at = U + i * stride + c;
+            put(at, fresh ? v : v + get(at, n), n);
+          };
+        };
         outer(
-            i0, i1, batch, depth, Strided<double>{P + k0, m, 1}, [=](int64_t k) { return R + (k0 + k) * stride; },
-            [=](int64_t i, int64_t c, f64v v, int64_t n) {
-              if (k0 > 0) v += get(U + i * stride + c, n);
-              put(U + i * stride + c, v, n);
-              if (k0 + depth == m)
-                for (int64_t k = 0; k < n; ++k) Ut[(c + k) * m + i] = v[k];
-            });
+            i0, i1, batch, k1 - k0, Strided<double>{P + k0, m, 1}, [=](int64_t k) { return R + (k0 + k) * stride; },
+            into(k0 == 0));
+        outer(
+            k0, k1 < i0 ? k1 : i0, batch, i1 - i0, Strided<double>{P + i0 * m, 1, m},
+            [=](int64_t k) { return R + (i0 + k) * stride; }, into(i0 == first));
+      }
+    });
+  }
+
+  // U, the sum of the slices' parts
+  void gather(int r) const {
+    const int64_t m = p.layer[r].regressors;
+    Range own = share(m);
+    double *U = s.U[r], *Ut = s.Ut[r];
+    bool filled[slices];
+    for (int g = 0; g < slices; ++g) filled[g] = slice(m, g).size() > 0;
+    for (int64_t i = own.first; i < own.last; ++i) {
+      int within = 0;
+      while (slice(m, within).last <= i) ++within;
+      for (int64_t c = 0; c < pad; c += bytes / 8) {
+        f64v v{};
+        for (int g = within; g < slices; ++g)
+          if (filled[g]) v += load(s.part[r] + (g * m + i) * pad + c);
+        store(U + i * pad + c, v);
+        for (int64_t k = 0; k < bytes / 8 && c + k < batch; ++k) Ut[(c + k) * m + i] = v[k];
       }
     }
   }
@@ -388,13 +426,27 @@ struct Run {
         [=](int64_t i, int64_t c, f64v v, int64_t n) { narrow(Q + i * m + c, v, n); });
   }
 
-  // P <- P - T^T T
+  // P <- P - T^T T in these rows, up to the diagonal
   void downdate(int r, Range rows) const {
     const int64_t m = p.layer[r].regressors;
     double *P = p.layer[r].statistics, *T = s.T[r];
     outer(
-        rows.first, rows.last, m, batch, Strided<double>{T, 1, m}, [=](int64_t k) { return T + k * m; },
+        rows.first, rows.last, rows.last, batch, Strided<double>{T, 1, m}, [=](int64_t k) { return T + k * m; },
         [=](int64_t i, int64_t c, f64v v, int64_t n) { put(P + i * m + c, get(P + i * m + c, n) - v, n); });
+  }
+
+  // P as the caller knows it
+  void finish(bool pending) {
+    for (int r = 0; r < p.regressions() && pending; ++r)
+      for (int g = thread; g < slices; g += threads) blocks(r, g, [=, this](Range rows) { downdate(r, rows); });
+    wait();
+    for (int r = 0; r < p.regressions(); ++r) {
+      const int64_t m = p.layer[r].regressors;
+      double* P = p.layer[r].statistics;
+      Range own = share(m);
+      for (int64_t i = own.first; i < own.last; ++i)
+        for (int64_t j = i + 1; j < m; ++j) P[i * m + j] = P[j * m + i];
+    }
   }
 
   void update_feedback(int l) const {
@@ -508,7 +560,10 @@ struct Run {
       wait();
       if (!p.downdate && failed()) return false;
       if (p.rule == MlpRule::ridge && p.downdate) {
-        for (int r = 0; r < p.regressions(); ++r) project(r, t > 0);
+        for (int r = 0; r < p.regressions(); ++r)
+          for (int g = thread; g < slices; g += threads) project(r, g, t > 0);
+        wait();
+        for (int r = 0; r < p.regressions(); ++r) gather(r);
         wait();
         for (int r = 0; r < p.regressions(); ++r) innovate(r);
         wait();
@@ -534,10 +589,9 @@ void fused_mlp(const FusedMlpParams& p, const MlpScratch& s, int thread, int thr
   Run run{p, s, thread, threads};
   run.make_noise(p.step);
   run.wait();
-  for (int64_t t = 0; t < p.steps; ++t)
-    if (!run.one(t)) return;
-  if (p.rule == MlpRule::ridge && p.downdate)
-    for (int r = 0; r < p.regressions(); ++r) run.downdate(r, run.share(p.layer[r].regressors));
+  int64_t t = 0;
+  while (t < p.steps && run.one(t)) ++t;
+  if (p.rule == MlpRule::ridge && p.downdate) run.finish(t == p.steps);
 }
 
 }  // namespace fbk::FBK_SIMD
