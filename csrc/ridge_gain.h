@@ -18,8 +18,9 @@ struct RidgeGainParams {
   int64_t samples, m;
 };
 
+// std::runtime_error where V is not positive definite in float64
 void ridge_gain_cpu(const RidgeGainParams& params, Simd simd);
 
-FBK_SIMD_DECLARE(void ridge_gain(const RidgeGainParams&))
+FBK_SIMD_DECLARE(bool ridge_gain(const RidgeGainParams&))
 
 }  // namespace fbk

@@ -13,7 +13,7 @@ static FBK_INLINE void product(int64_t rows, int64_t cols, int64_t depth, Stride
   outer(0, rows, cols, depth, a, [=](int64_t k) __attribute__((always_inline)) { return b + k * cols; }, emit);
 }
 
-void ridge_gain(const RidgeGainParams& p) {
+bool ridge_gain(const RidgeGainParams& p) {
   const int64_t m = p.m, n = p.samples;
   double *R = p.scratch, *weighted = R + n * m, *Q = weighted + n * m, *S = Q + n * m, *inverse = S + m * m;
   double age = 1;
@@ -29,7 +29,7 @@ void ridge_gain(const RidgeGainParams& p) {
           [=](int64_t i, int64_t c, f64v v, int64_t count)
               __attribute__((always_inline)) { put(V + i * m + c, get(V + i * m + c, count) + v, count); });
   memcpy(S, V, size_t(m * m) * sizeof(double));
-  inverse_cholesky(S, inverse, m);
+  if (!inverse_cholesky(S, inverse, m)) return false;
   auto into = [=](double* to) {
     return [=](int64_t i, int64_t c, f64v v, int64_t count)
                __attribute__((always_inline)) { put(to + i * m + c, v, count); };
@@ -45,6 +45,7 @@ void ridge_gain(const RidgeGainParams& p) {
   product(m, m, n, {R, 1, m}, Q, [=](int64_t i, int64_t c, f64v v, int64_t count) __attribute__((always_inline)) {
     narrow(M + i * m + c, v, count);
   });
+  return true;
 }
 
 }  // namespace fbk::FBK_SIMD

@@ -84,3 +84,12 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     R, w, V = batch(7, 5, 0, 1)
     with pytest.raises(ValueError, match=message):
         ops.ridge_gain(**({"R": R, "w": w, "V": V, "gamma": 0.1, "forgetting": 0.9} | change))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize(
+    "V", [-torch.eye(5, dtype=torch.float64), torch.full((5, 5), float("nan"), dtype=torch.float64)], ids=["negative", "nan"]
+)
+def test_statistics_that_are_none_are_refused(V: Tensor, backend: str) -> None:
+    with pytest.raises(RuntimeError, match=r"not positive.definite|not positive-definite|input is not"):
+        ops.ridge_gain(torch.zeros(7, 5), torch.ones(7), V, 0.1, 1.0, backend=backend)
