@@ -65,12 +65,12 @@ struct NoiseKey {
   const std::string& kind;
   int64_t offset;
 
-  std::pair<fbk::NoiseParams, NoiseKind> params(const TensorView& at, float* out, int64_t samples,
+  std::pair<fbk::NoiseParams, NoiseKind> params(const char* name, const TensorView& at, float* out, int64_t samples,
                                                 int64_t units) const {
     require(step.dtype.code == fbk::dl_int && step.dtype.bits == 64 && step.ndim == 0,
             "step must be a 0-dim int64 tensor");
     require(step.device.type == at.device.type && step.device.id == at.device.id,
-            "step must be on the device of the other tensors");
+            std::string("step must be on the device of ") + name);
     require(point >= 0 && point <= UINT32_MAX, "point must be in [0, 2^32), got " + std::to_string(point));
     require(std::isfinite(float(std)) && std >= 0,
             "std must be finite in float32 and >= 0, got " + std::to_string(std));
@@ -90,7 +90,7 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
   require(out.ndim == 2 && out.contiguous(), "out must be a contiguous tensor [samples, units]");
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
   auto [p, k] =
-      NoiseKey{step, seed, point, std, kind, offset}.params(out, out.ptr<float>(), out.shape[0], out.shape[1]);
+      NoiseKey{step, seed, point, std, kind, offset}.params("out", out, out.ptr<float>(), out.shape[0], out.shape[1]);
   if (out.numel() == 0) return;
   if (out.device.type == fbk::dl_cuda) {
 #ifdef FBK_NVCC
@@ -183,7 +183,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   if (p) expect("p", *p, out, code, bits);
   require(!q || p, "q must not be given without p");
   if (q) expect("q", *q, in, code, bits);
-  auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params(z, nullptr, rows, w.units());
+  auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params("z", z, nullptr, rows, w.units());
   auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
   fbk::PointwiseParams params{z.ptr<void>(),
                               data(q),
@@ -261,7 +261,7 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
     p.R = data("R", R, {p.rows, m});
     p.Q = data("Q", Q, {p.rows, m});
     p.w = data("w", w, {p.rows});
-    std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params(B, nullptr, p.rows, units);
+    std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params("B", B, nullptr, p.rows, units);
   }
   if (prediction) {
     require(prediction->ndim == 3, "prediction must be [parts + 1, rows, outputs]");
@@ -269,7 +269,7 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
     expect("prediction", *prediction, {p.tasks() + 1, p.predicted_rows, m}, code, bits);
     p.prediction = prediction->ptr<float>();
     std::tie(p.predicted_noise, p.kind) =
-        NoiseKey{*predicted_step, seed, point, std, kind, offset}.params(B, nullptr, p.predicted_rows, units);
+        NoiseKey{*predicted_step, seed, point, std, kind, offset}.params("B", B, nullptr, p.predicted_rows, units);
   }
   fbk::Simd path = simd_named(simd);
   if (m == 0) return;

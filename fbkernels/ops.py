@@ -353,6 +353,9 @@ def _feedback_fake(e: Tensor, B: Tensor, kept: Tensor, activation: str, **_: Any
 feedback = Op('feedback(Tensor e, Tensor B, Tensor kept, str activation, *, str backend="auto") -> Tensor', _feedback, _feedback_fake)
 
 
+_TASK_UNITS = 1024  # FeedbackUpdateParams::task_units
+
+
 def _feedback_update(
     B: Tensor,
     M: Tensor | None,
@@ -385,7 +388,7 @@ def _feedback_update(
     M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (M, G, R, Q, w))
     B = B.contiguous()
     out = None if step is None else torch.empty_like(B)
-    parts = B.new_empty(-(-len(B) // 1024) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
+    parts = B.new_empty(-(-len(B) // _TASK_UNITS) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
     _C.feedback_update(B, out, M, G, R, Q, w, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
     return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[0].clone()
 

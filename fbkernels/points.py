@@ -13,7 +13,7 @@ from fbkernels import ops, reference
 from fbkernels.autograd import Block, Epilogue
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement, Rule
-from fbkernels.streams import Carry, Deferred, Streams, defer, fusible, resolve, streams, twin
+from fbkernels.streams import Carry, Deferred, Streams, defer, resolve, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -155,7 +155,7 @@ class FeedbackPoint(LazyBuffers):
         """The layer, its activation and pooling, and the noise in one pass; None where what was deferred is of another form."""
         net, source, calls = self.net, deferred.source, deferred.calls
         layer, x, weight, bias = None, source.clean, None, None
-        if calls[0][1] in ("linear", "conv2d"):
+        if len(calls) > len(deferred.parts):
             _, name, args, kwargs = calls[0]
             constant = net.constant if net.warming else (lambda t: t)
             given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
@@ -163,15 +163,14 @@ class FeedbackPoint(LazyBuffers):
             layer, by_hand = Connection.of(name, weight, x, **given)
             if any(by_hand) or weight.dtype != x.dtype:
                 return None
-        parts = [fusible(name, args, kwargs) for _, name, args, kwargs in calls[layer is not None :]]
-        kinds = [part[0] for part in parts if part is not None]
-        if len(set(kinds)) < len(kinds) or (kinds and x.ndim == 2 and "pool" in kinds):
+        kinds = [part[0] for part in deferred.parts]
+        if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
             return None
-        named = {part[0]: part[1:] for part in parts if part is not None}
+        named = {part[0]: part[1:] for part in deferred.parts}
         epilogue = Epilogue(named.get("activation", ("identity",))[0], kinds[:1] == ["pool"], *named.get("pool", Epilogue.no_pool))
         rows = net.perturbed_rows if net.perturbing else 0
-        key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise, net.antithetic)
-        h, perturbed, kept = Block.apply(x, weight, bias, source.perturbed if rows else None, layer, epilogue, key)
+        key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise)
+        h, perturbed, kept = Block.apply(x, weight, bias, source.perturbed if rows else None, layer, epilogue, key, net.antithetic)
         net.epilogues[self.name] = (epilogue.derivative, kept if kept.numel() else h.detach())
         return h, perturbed if rows else None
 
@@ -232,9 +231,8 @@ class FeedbackPoint(LazyBuffers):
         B = self._buffers["B"]
         whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry  # G or w
         if target is None and whole:
-            R, Q = M if isinstance(M, tuple) else (None, None)
+            given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)
             predicted = self.net.step if predicted_rows else None
-            given = (None, None, R, Q, G) if R is not None else (M, G, None, None, None)
             new, prediction = self._op(B, *given, m.step, predicted, predicted_rows)
             self._buffers["B"] = new
             return prediction if predicted_rows else None

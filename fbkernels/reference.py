@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +216,11 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float)
     return V, Q.to(R.dtype), (exact.mT @ Q).to(R.dtype), (w.double()[:, None] * Q).to(R.dtype)
 
 
+def pair(v: Any) -> tuple[Any, Any]:
+    """A size of two dimensions, given as torch takes it: one number or two."""
+    return (v, v) if isinstance(v, int) else (v[0], v[-1])
+
+
 @dataclass(frozen=True)
 class Connection:
     """How a layer reads a point: a linear map or a two-dimensional convolution, forward and back (SPEC 3, ``layerwise``).
@@ -245,7 +251,6 @@ class Connection:
         """The connection that ``F.linear`` or ``F.conv2d`` makes, and what to pad by hand: an even kernel with padding='same'."""
         if name == "linear":
             return Connection(False, weight.shape[1]), (0, 0, 0, 0)
-        pair = lambda v: (v, v) if isinstance(v, int) else (v[0], v[-1])  # noqa: E731
         kernel, dilation, by_hand = (weight.shape[2], weight.shape[3]), pair(dilation), (0, 0, 0, 0)
         size = (x.shape[-2], x.shape[-1])
         if padding == "valid":

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fbkernels.reference import pair
+
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
     from fbkernels.points import FeedbackPoint
@@ -50,13 +52,14 @@ Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements by 
 
 @dataclass(frozen=True)
 class Deferred:
-    """Functions that wait for their point: a layer, its activation, its pooling. The point runs them in one pass, see ``points.Block``.
+    """Functions that wait for their point: a layer, its activation, its pooling. ``FeedbackPoint.block`` runs them in one pass.
 
     Whatever else reads the activity first has them run one by one.
     """
 
     source: Streams
     calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
+    parts: tuple[tuple[Any, ...], ...]  # fusible() of the activation and the pooling, not of a layer
     grad: bool  # whether autograd was on
 
 
@@ -153,19 +156,20 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         x = s.clean
         if x.requires_grad or x.ndim != (2 if name == "linear" else 4) or x.dtype not in (torch.float32, torch.bfloat16):
             return None
-        return defer(s.net, Deferred(s, (call,), torch.is_grad_enabled()), None)
-    if fusible(name, args, kwargs) is None:
+        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled()), None)
+    part = fusible(name, args, kwargs)
+    if part is None:
         return None
     if s.deferred is None:
         if (
             s.pending is None
-            or s.clean.ndim not in (2, 4)
+            or not (s.clean.ndim == 2 or (s.clean.ndim == 4 and s.pending.channels_first is not False))
             or s.clean.dtype not in (torch.float32, torch.bfloat16)
             or _in_place(name, kwargs)
         ):
             return None
-        return defer(s.net, Deferred(s, (call,), torch.is_grad_enabled()), s.pending)
-    deferred = replace(s.deferred, calls=(*s.deferred.calls, call))
+        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled()), s.pending)
+    deferred = replace(s.deferred, calls=(*s.deferred.calls, call), parts=(*s.deferred.parts, part))
     if not _in_place(name, kwargs):
         return defer(s.net, deferred, s.pending)
     s.deferred = deferred  # relu_(x): x itself is what comes out
@@ -181,7 +185,6 @@ def fusible(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
         return None
     own = ("dilation", "ceil_mode", "return_indices") if name == "max_pool2d" else ("ceil_mode", "count_include_pad", "divisor_override")
     given = dict(zip(("kernel_size", "stride", "padding", *own), args, strict=False)) | kwargs
-    pair = lambda v: (v, v) if isinstance(v, int) else (v[0], v[-1])  # noqa: E731
     plain = {"dilation": (1, 1), "ceil_mode": False, "return_indices": False, "count_include_pad": True, "divisor_override": None}
     if any((pair(given[k]) if k == "dilation" else given[k]) != plain[k] for k in own if k in given):
         return None

@@ -49,6 +49,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "norm": lambda: net(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), features=200),
     "stride": lambda: net(nn.Conv2d(3, 8, 3, stride=2, dilation=2, padding=2), nn.Sigmoid(), nn.MaxPool2d(2), features=72),
     "groups": lambda: net(nn.Conv2d(3, 9, 3, groups=3, padding="same"), nn.ReLU(), nn.MaxPool2d(2), features=324),
+    "no bias": lambda: net(nn.Conv2d(3, 8, 5, bias=False), nn.ReLU(), nn.MaxPool2d(2), features=128),  # 75 terms, from the winners
+    "four dimensions": lambda: nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Flatten(), nn.Linear(252, 5)),  # but no convolution
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 33), nn.GELU(), nn.Linear(33, 17, bias=False), nn.Linear(17, 5)),
     "functional": Functional,
 }
