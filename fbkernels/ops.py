@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,32 +32,64 @@ def build_info() -> dict[str, Any]:
 
 
 _BUILD = build_info()
-_NATIVE = {"cpu": "cpp", "cuda": "cuda"} if _BUILD["cuda"] else {"cpu": "cpp"}
+_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels on the CPU: for tests, a thousand times slower."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def backends() -> dict[str, str]:
     """Each backend with ``"available"``, or what is missing for it here."""
+    if not _TRITON:
+        triton = "not installed: `pip install triton`"
+    elif interpreting():
+        triton = "available in Triton's interpreter, for tests"
+    elif not torch.cuda.is_available():
+        triton = "installed, but torch sees no CUDA device"
+    elif torch.cuda.get_device_capability() < (8, 0):
+        triton = f"for GPUs from compute capability 8.0 on, this one has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    else:
+        triton = "available"
     if not _BUILD["cuda"]:
         cuda = f"not compiled in ({_BUILD['cuda_off']}): install the CUDA toolkit and run `FBK_CUDA=1 pip install .`"
     elif not torch.cuda.is_available():
         cuda = "compiled in, but torch sees no CUDA device"
     else:
         cuda = "available for the noise alone: the layers run in torch"
-    return {"reference": "available", "cpp": "available", "triton": "not implemented in this version", "cuda": cuda}
+    return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
+
+
+@functools.cache
+def _native(device: str) -> tuple[str, ...]:
+    """The backends for tensors on a device, the best first."""
+    states = backends()
+    usable = ("cpp",) if device == "cpu" else ("triton", "cuda") if device == "cuda" else ()
+    found = [name for name in usable if states[name].startswith("available")]
+    return (*found, "reference", *(("triton",) if device == "cpu" and interpreting() else ()))
 
 
 def choose(backend: str, device: torch.device) -> str:
     """The backend for tensors on ``device``; ``RuntimeError`` where one is asked for by name and cannot be had."""
-    native = _NATIVE.get(device.type)
+    native = _native(device.type)
     if backend == "auto":
-        return native or "reference"
+        return native[0]
     one_of("backend", backend, ("auto", *BACKENDS))
+    if backend in native:
+        return backend
     state = backends()[backend]
     if not state.startswith("available"):
         raise RuntimeError(f"backend {backend!r} is {state}")
-    if backend != "reference" and backend != native:
-        raise RuntimeError(f"backend {backend!r} cannot take tensors on {device}: move them, or use backend='auto'")
-    return backend
+    raise RuntimeError(f"backend {backend!r} cannot take tensors on {device}: move them, or use backend='auto'")
+
+
+def _kernels() -> Any:
+    """The launchers of the Triton kernels, imported at their first use."""
+    from fbkernels import kernels
+
+    return kernels
 
 
 def check_noise(step: Tensor, point: int, samples: int, units: int, std: float, kind: str, offset: int) -> None:
@@ -103,11 +138,15 @@ def _noise(
     backend: str = "auto",
 ) -> Tensor:
     chosen = choose(backend, step.device)
-    if chosen == "reference" or dtype == torch.float64:
+    if chosen != "cpp" or dtype == torch.float64:
         check_noise(step, point, samples, units, std, kind, offset)
+    if chosen == "reference" or dtype == torch.float64:
         return reference.noise(seed, step, point, samples, units, std, kind, dtype, step.device, offset)
     out = torch.empty(samples, units, device=step.device)
-    _C.noise(out, step, seed, point, std, kind, offset, torch.get_num_threads())
+    if chosen == "triton":
+        _kernels().noise(out, step, seed, point, std, kind, offset)
+    else:
+        _C.noise(out, step, seed, point, std, kind, offset, torch.get_num_threads())
     return out if dtype == torch.float32 else out.to(dtype)
 
 
@@ -134,9 +173,20 @@ def int64(seed: int) -> int:
     return seed - 2**64 if seed >= 2**63 else seed
 
 
+def _backend(t: Tensor, backend: str) -> str:
+    """Who computes on the tensor: "cpp", "triton" or "reference"; where a backend is named, TypeError for a dtype that it does not take."""
+    chosen = choose(backend, t.device)
+    if chosen in _DTYPES and t.dtype not in _DTYPES[chosen]:
+        if backend != "auto":
+            takes = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[chosen])
+            raise TypeError(f"backend {backend!r} takes {takes}, got {t.dtype}: use backend='auto' or 'reference'")
+        return "reference"
+    return "reference" if chosen == "cuda" else chosen  # whose one kernel is the noise
+
+
 def _compiled(t: Tensor, backend: str) -> bool:
     """Whether the C++ kernels of this file take the tensor."""
-    return choose(backend, t.device) == "cpp" and t.dtype in (torch.float32, torch.bfloat16)
+    return _backend(t, backend) == "cpp"
 
 
 def _maps(t: Tensor) -> Tensor:

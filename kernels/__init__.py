@@ -1,1 +1,5 @@
-"""Triton kernels; imported as ``fbkernels.kernels``."""
+"""Triton kernels and their launchers; imported as ``fbkernels.kernels``."""
+
+from fbkernels.kernels.noise import noise
+
+__all__ = ["noise"]

@@ -1,0 +1,87 @@
+"""Compiles Triton kernels for GPUs that are not here, as their launchers would launch them, and reads what came out."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u"}
+
+
+class Recorder:
+    """In its ``with`` block kernels are not launched but kept, as sources to compile."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, ASTSource, dict[str, Any]]] = []
+
+    def __enter__(self) -> Recorder:
+        recorder, self._run = self, JITFunction.run
+
+        def run(fn: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            recorder.launches.append(source(fn, args, kwargs))
+
+        JITFunction.run = run  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        JITFunction.run = self._run  # type: ignore[method-assign]
+
+
+def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ASTSource, dict[str, Any]]:
+    given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(fn.params):
+        v = given.pop(p.name)
+        if p.is_constexpr or v is None:
+            signature[p.name], constants[p.name] = "constexpr", v
+        elif hasattr(v, "data_ptr"):
+            signature[p.name] = "*" + re.sub(
+                "^[a-z]+", lambda kind: TYPES[kind[0]], "int1" if v.dtype == torch.bool else str(v.dtype).removeprefix("torch.")
+            )
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(v, bool):
+            signature[p.name] = "i1"
+        elif isinstance(v, int):
+            signature[p.name] = "i32" if -(2**31) <= v < 2**31 else "i64"
+            if v % 16 == 0 and not p.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+            elif v == 1 and not p.do_not_specialize:
+                signature[p.name], constants[p.name] = "constexpr", 1
+        else:
+            signature[p.name] = "fp32"
+    return fn.__name__, ASTSource(fn, signature, constants, attributes), given
+
+
+def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dict[str, Any]:
+    """Registers, spills, shared memory and instructions of one kernel on one architecture."""
+    binary = triton.compile(src, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = usage.stdout + usage.stderr
+    opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+(?:\.\w+)*)\s", sass, re.M)
+    count = lambda *names: sum(op.split(".")[0] in names for op in opcodes)  # noqa: E731
+    return {
+        "kernel": name,
+        "sm": sm,
+        "registers": int(re.search(r"REG:(\d+)", text)[1]),  # type: ignore[index]
+        "stack": int(re.search(r"STACK:(\d+)", text)[1]),  # type: ignore[index]
+        "spills": count("STL", "LDL"),
+        "shared": binary.metadata.shared,
+        "warps": binary.metadata.num_warps,
+        "instructions": len(opcodes),
+        "wgmma": count("HGMMA"),
+        "mma": count("HMMA", "HGMMA", "DMMA"),
+    }
