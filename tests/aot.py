@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {"float": "fp", "bfloat": "bf", "int": "i", "uint": "u"}
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program can have on each architecture
 
 
 class Recorder:
@@ -48,7 +54,8 @@ def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str,
             signature[p.name] = "*" + re.sub(
                 "^[a-z]+", lambda kind: TYPES[kind[0]], "int1" if v.dtype == torch.bool else str(v.dtype).removeprefix("torch.")
             )
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if v.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(v, bool):
             signature[p.name] = "i1"
         elif isinstance(v, int):
@@ -63,8 +70,10 @@ def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str,
 
 
 def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dict[str, Any]:
-    """Registers, spills, shared memory and instructions of one kernel on one architecture."""
+    """Registers, spills, shared memory and instructions of one kernel on one architecture, and how many ``tl.dot`` want tensor cores."""
+    start = time.perf_counter()
     binary = triton.compile(src, target=GPUTarget("cuda", sm, 32), options=options)
+    seconds = time.perf_counter() - start
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -73,15 +82,44 @@ def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dic
     text = usage.stdout + usage.stderr
     opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+(?:\.\w+)*)\s", sass, re.M)
     count = lambda *names: sum(op.split(".")[0] in names for op in opcodes)  # noqa: E731
+    dots = re.findall(r"tt\.dot [^:]*?(tf32\w*)? : tensor<(\d+)x\d+x(\w+)>", binary.asm["ttir"])
+    rows = [int(rows) for precision, rows, dtype in dots if precision or dtype != "f32"]
     return {
         "kernel": name,
         "sm": sm,
+        "constants": {src.fn.arg_names[path[0]]: v for path, v in src.constants.items() if src.fn.arg_names[path[0]].isupper()},
         "registers": int(re.search(r"REG:(\d+)", text)[1]),  # type: ignore[index]
         "stack": int(re.search(r"STACK:(\d+)", text)[1]),  # type: ignore[index]
         "spills": count("STL", "LDL"),
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "instructions": len(opcodes),
+        "dots": len(rows),
+        "dots_for_wgmma": sum(m >= 64 for m in rows) if binary.metadata.num_warps % 4 == 0 else 0,
         "wgmma": count("HGMMA"),
         "mma": count("HMMA", "HGMMA", "DMMA"),
+        "seconds": round(seconds, 2),
     }
+
+
+_jobs: list[tuple[Any, ...]] = []  # forked processes find them here: what Triton compiles does not pickle
+
+
+def compile_all(launches: Mapping[str, Callable[[], Any]]) -> Iterator[dict[str, Any]]:
+    """What each call launches, for each architecture, on all cores, as they get done: ``name`` and ``compiled``'s row, or ``error``."""
+    torch.set_num_threads(1)  # a forked process would wait for the others
+    for name, launch in launches.items():
+        with Recorder() as recorder:
+            launch()
+        _jobs.extend((name, sm, *one) for one in recorder.launches for sm in SHARED)
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for done in as_completed(pool.submit(_compile, i) for i in range(len(_jobs))):
+            yield done.result()
+
+
+def _compile(i: int) -> dict[str, Any]:
+    name, sm, *launch = _jobs[i]
+    try:
+        return {"name": name, **compiled(*launch, sm)}
+    except Exception as error:
+        return {"name": name, "sm": sm, "error": repr(error)}

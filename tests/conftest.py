@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
 import os
+from importlib.metadata import version
 
+import numpy
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    if importlib.util.find_spec("triton") and version("triton").startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        raise RuntimeError("the interpreter of Triton 3.6 needs an older numpy: pip install 'numpy<2.4'")
 
 
 @pytest.fixture(autouse=True)
