@@ -152,12 +152,12 @@ static std::pair<fbk::Storage, uint8_t> storage_of(const char* argument, const T
   return {single ? fbk::Storage::float32 : fbk::Storage::bfloat16, t.dtype.bits};
 }
 
-static void pointwise(const TensorView& z, const std::optional<TensorView>& q, const std::optional<TensorView>& bias,
-                      const TensorView& h, const std::optional<TensorView>& p, const std::optional<TensorView>& kept,
-                      const std::optional<TensorView>& winner, const std::string& activation, const std::string& pool,
-                      bool pool_first, const Sizes& sizes, const TensorView& step, int64_t seed, int64_t point,
-                      double std, const std::string& kind, int64_t rows, bool antithetic, int64_t offset, int threads,
-                      const std::string& simd) {
+static void pointwise(const TensorView& z, const std::optional<TensorView>& q, const std::optional<TensorView>& scale,
+                      const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& p,
+                      const std::optional<TensorView>& kept, const std::optional<TensorView>& winner,
+                      const std::string& activation, const std::string& pool, bool pool_first, const Sizes& sizes,
+                      const TensorView& step, int64_t seed, int64_t point, double std, const std::string& kind,
+                      int64_t rows, bool antithetic, int64_t offset, int threads, const std::string& simd) {
   auto [storage, bits] = storage_of("z", z);
   uint8_t code = z.dtype.code;
   auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
@@ -177,6 +177,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   require(winner.has_value() == (pooling == fbk::Pool::max), "winner must be given for max-pooling alone");
   if (kept) expect("kept", *kept, out, code, bits);
   if (winner) expect("winner", *winner, out, fbk::dl_uint, 8);
+  if (scale) expect("scale", *scale, {w.channels}, fbk::dl_float, 32);
   if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32);
   int64_t perturbed = rows * (1 + antithetic);
   in[0] = out[0] = perturbed;
@@ -187,6 +188,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
   fbk::PointwiseParams params{z.ptr<void>(),
                               data(q),
+                              static_cast<float*>(data(scale)),
                               static_cast<float*>(data(bias)),
                               h.ptr<void>(),
                               data(p),
@@ -554,10 +556,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.def("noise", &noise, "out"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
         "simd"_a = "", "Fills out (float32 [samples, units]) with the noise of SPEC 6.");
-  m.def("pointwise", &pointwise, "z"_a, "q"_a.none(true), "bias"_a.none(true), "h"_a, "p"_a.none(true),
-        "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a, "sizes"_a, "step"_a,
-        "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0, "threads"_a = 1,
-        "simd"_a = "",
+  m.def("pointwise", &pointwise, "z"_a, "q"_a.none(true), "scale"_a.none(true), "bias"_a.none(true), "h"_a,
+        "p"_a.none(true), "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a,
+        "sizes"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0,
+        "threads"_a = 1, "simd"_a = "",
         "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");

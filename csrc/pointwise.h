@@ -22,9 +22,9 @@ struct Window {
 struct PointwiseParams {
   const void *z,
       *q;  // [samples, height, width, channels], [rows, ...]; q is null where both streams are still the same
-  const float* bias;  // [channels] or null
-  void *h, *p;        // [samples, out_height, out_width, channels], [rows, ...]
-  void* kept;         // like h: the pre-activation behind each output of gelu; null otherwise
+  const float *scale, *bias;  // [channels] or null: a normalisation as scale * z + bias
+  void *h, *p;                // [samples, out_height, out_width, channels], [rows, ...]
+  void* kept;                 // like h: the pre-activation behind each output of gelu; null otherwise
   uint8_t* winner;  // like h: the place in its window that max-pooling took, kernel_w * y + x; null without max-pooling
   Storage storage;
   Activation activation;

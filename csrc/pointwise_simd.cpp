@@ -19,7 +19,7 @@ FBK_INLINE void store_some(T* to, f32v v, int64_t n) {
 
 // What one window gives for a vector of channels, [n <= lanes]; inner: the activation that comes before the pooling
 template <class T, Pool pool, Activation inner>
-FBK_INLINE f32v pooled(const Window& w, const T* map, f32v bias, int64_t y, int64_t x, int64_t c, int64_t n,
+FBK_INLINE f32v pooled(const Window& w, const T* map, f32v scale, f32v bias, int64_t y, int64_t x, int64_t c, int64_t n,
                        f32v& z_won, i32v& won) {
   int64_t y0 = y * w.stride_h - w.padding_h, x0 = x * w.stride_w - w.padding_w;
   int64_t ky0 = y0 < 0 ? -y0 : 0, ky1 = w.height - y0 < w.kernel_h ? w.height - y0 : w.kernel_h;
@@ -28,7 +28,7 @@ FBK_INLINE f32v pooled(const Window& w, const T* map, f32v bias, int64_t y, int6
   won = i32v{} + int32_t(ky0 * w.kernel_w + kx0);
   for (int64_t ky = ky0; ky < ky1; ++ky)
     for (int64_t kx = kx0; kx < kx1; ++kx) {
-      f32v z = load_some(map + ((y0 + ky) * w.width + x0 + kx) * w.channels + c, n) + bias;
+      f32v z = mul_add(load_some(map + ((y0 + ky) * w.width + x0 + kx) * w.channels + c, n), scale, bias);
       f32v v = activate<inner>(z);
       if constexpr (pool == Pool::avg) {
         best += v;
@@ -81,10 +81,11 @@ static void run(const PointwiseParams& p, bool perturbed, int64_t row, int64_t f
     int64_t end = u + w.channels - c < last ? w.channels : c + last - u;
     for (; c < end; c += lanes, u += lanes) {
       int64_t n = end - c;
+      f32v scale = p.scale ? load_some(p.scale + c, n) : broadcast(1.0f);
       f32v bias = p.bias ? load_some(p.bias + c, n) : f32v{};
       f32v z{};
       i32v won;
-      f32v v = pooled<T, pool, inner>(w, map, bias, y, x, c, n, z, won);
+      f32v v = pooled<T, pool, inner>(w, map, scale, bias, y, x, c, n, z, won);
       v = activate<outer>(v);
       if (kept) store_some(kept + u, z, n);
       if (winner) {

@@ -17,6 +17,7 @@ def noise(
 def pointwise(
     z: Tensor,
     q: Tensor | None,
+    scale: Tensor | None,
     bias: Tensor | None,
     h: Tensor,
     p: Tensor | None,

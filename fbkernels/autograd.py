@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +18,8 @@ from fbkernels.reference import Connection, layout
 class Deliver(torch.autograd.Function):
     """Per-sample losses whose backward hands c e to the logits and c e B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
 
-    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves. A fused block has an
-    epilogue, its activation and what the derivative is read from, and gets ``(c e B_l^T) * phi'``.
+    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves. A fused block gets
+    ``(c e B_l^T) * phi'``.
     """
 
     @staticmethod
@@ -28,7 +28,7 @@ class Deliver(torch.autograd.Function):
         losses: Tensor,
         e: Tensor,
         feedback: tuple[Tensor, ...],
-        epilogues: tuple[tuple[str, Tensor] | None, ...],
+        blocks: tuple[tuple[Behind, Tensor, Tensor | None] | None, ...],
         channels_first: tuple[bool | None, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
@@ -36,9 +36,8 @@ class Deliver(torch.autograd.Function):
         logits: Tensor,
         *activities: Tensor,
     ) -> Tensor:
-        kept = [epilogue[1] for epilogue in epilogues if epilogue is not None]
-        ctx.save_for_backward(e, *feedback, *kept)
-        ctx.fused = [None if epilogue is None else epilogue[0] for epilogue in epilogues]
+        ctx.save_for_backward(e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
+        ctx.behind = [None if block is None else block[0] for block in blocks]
         ctx.given, ctx.record, ctx.channels_first = given, record, channels_first
         ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
         return losses.clone()
@@ -48,15 +47,15 @@ class Deliver(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
             raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
         e, *rest = ctx.saved_tensors
-        feedback, kept = rest[: len(ctx.fused)], iter(rest[len(ctx.fused) :])
+        feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
         if ctx.record is not None:
             ctx.record(c)
         (shape, dtype), *like = ctx.like
         ce = c.to(e.dtype)[:, None] * e
         grads = [ce.view(shape).to(dtype)]
-        for F, fused, first, (shape, dtype) in zip(feedback, ctx.fused, ctx.channels_first, like, strict=True):
-            if fused is not None:
-                grads.append(ops.feedback(ce, F, next(kept), fused))
+        for F, behind, first, (shape, dtype) in zip(feedback, ctx.behind, ctx.channels_first, like, strict=True):
+            if behind is not None:
+                grads.append(behind.deliver(ce, F, next(kept), next(kept)))
                 continue
             g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape, first)
             grads.append(g.to(dtype))
@@ -77,7 +76,7 @@ class Epilogue:
     no_pool: ClassVar[tuple[Any, ...]] = ("none", (1, 1), (1, 1), (0, 0))
 
     @property
-    def window(self) -> tuple[tuple[int, int], ...]:
+    def window(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         return self.kernel_size, self.stride, self.padding
 
     @property
@@ -87,6 +86,27 @@ class Epilogue:
 
     def exact(self, z: Tensor) -> Tensor:
         return reference.pointwise(z, None, self.activation, self.pool, self.pool_first, *self.window)[0]
+
+
+@dataclass
+class Behind:
+    """A fused block, as ``Deliver`` sees it."""
+
+    activation: str
+    backend: str
+    size: Sequence[int] = ()  # of the map before a max-pooling
+    window: tuple[tuple[int, int], ...] = ()
+    delta: Tensor | None = None  # the error there; autograd wants a gradient of the activity to have its shape
+
+    def deliver(self, ce: Tensor, B: Tensor, kept: Tensor, winner: Tensor | None) -> Tensor:
+        """``(c e B^T) * phi'``, with ``winner`` before the max-pooling."""
+        delta: Tensor
+        if winner is None:
+            delta = ops.feedback(ce, B, kept, self.activation, backend=self.backend)
+            return delta
+        window = dict(zip(("kernel_size", "stride", "padding"), self.window, strict=True))
+        self.delta = ops.feedback(ce, B, kept, self.activation, winner=winner, size=self.size, **window, backend=self.backend)
+        return kept.new_zeros(()).expand(kept.shape)
 
 
 def sparse_gradient(layer: Connection, weight: Tensor) -> bool:
@@ -114,34 +134,32 @@ class Block(torch.autograd.Function):
         layer: Connection | None,
         epilogue: Epilogue,
         key: tuple[Any, ...],
-        antithetic: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        z, q = x, perturbed
-        if layer is not None and weight is not None:
-            W = weight
-            if layer.convolution:
-                x, W = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-            if perturbed is not None and not layer.convolution and W.numel() >= 2**18:
-                # a weight larger than the cache is read once for both streams: 8.5 against 10.1 ms at 4096 x 2048, 64 samples
-                z, q = layer.forward(torch.cat((x, perturbed)), W, bias).split((len(x), len(perturbed)))
-            else:
-                z = layer.forward(x, W, bias)
-                q = None if perturbed is None else layer.forward(perturbed, W, bias)
-        e = epilogue
-        h, p, kept, winner = ops.perturbed_pointwise(
-            z, q, None, e.activation, e.pool, e.pool_first, *e.window, *key, antithetic=antithetic, backend="cpp"
-        )
+        options: dict[str, Any],
+        behind: Behind,
+    ) -> tuple[Tensor, ...]:
+        e, z, q = epilogue, x, perturbed
+        how = (e.activation, e.pool, e.pool_first, *e.window)
+        if layer is not None and weight is not None and layer.convolution:
+            x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+        if layer is None or weight is None or e.pool == "avg":  # the gradient of average-pooling needs z
+            if layer is not None and weight is not None:
+                z, q = layer.forward(x, weight, bias), None if q is None else layer.forward(q, weight, bias)
+            h, p, kept, winner, new, parts = ops.perturbed_pointwise(z, q, None, *how, *key, **options)
+        elif layer.convolution:
+            shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            h, p, kept, winner, new, parts = ops.perturbed_conv2d(x, q, weight, bias, *shape, *how, *key, **options)
+        else:
+            h, p, kept, new, parts = ops.perturbed_linear(x, q, weight, bias, e.activation, *key, **options)
+            winner = h.new_empty(0)
         # no gradient crosses a point: of W its layout alone counts
-        ctx.layer, ctx.epilogue, ctx.size, ctx.like = (
-            layer,
-            epilogue,
-            z.shape[2:],
-            None if weight is None else torch.empty_like(weight, device="meta"),
-        )
+        ctx.layer, ctx.epilogue, ctx.behind = layer, epilogue, behind
+        ctx.like = None if weight is None else torch.empty_like(weight, device="meta")
+        behind.size = z.shape[2:] if layer is None or weight is None else layer.size_behind(weight)
+        behind.window = e.window
         ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, z if e.pool == "avg" else None)
-        ctx.mark_non_differentiable(p, kept)
+        ctx.mark_non_differentiable(p, kept, winner, new, parts)
         ctx.set_materialize_grads(False)
-        return h, p, kept
+        return h, p, kept, winner, new, parts
 
     @staticmethod
     @once_differentiable
@@ -149,26 +167,28 @@ class Block(torch.autograd.Function):
         x, winner, z = ctx.saved_tensors
         layer, epilogue = ctx.layer, ctx.epilogue
         if delta is None:
-            return (None,) * 8
-        if epilogue.pool == "max":
+            return (None,) * 9
+        if ctx.behind.delta is not None:
+            delta, ctx.behind.delta = ctx.behind.delta, None
+        elif epilogue.pool == "max":
             if layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
                 like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=x.dtype)
                 grads = ops.pooled_weight_gradient(
                     delta, winner, x, like, layer.stride, layer.padding, layer.dilation, *epilogue.window, backend="cpp"
                 )
                 needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)]
-                return None, *needed, *(None,) * 5
-            delta = ops.unpool(delta, winner, ctx.size, *epilogue.window, backend="cpp")
+                return None, *needed, *(None,) * 6
+            delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="cpp")
         elif epilogue.pool == "avg":
             with torch.enable_grad():
                 z.requires_grad_()
                 (delta,) = torch.autograd.grad(epilogue.exact(z), z, delta)
         if layer is None:
-            return delta, *(None,) * 7
-        like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=delta.dtype)
+            return delta, *(None,) * 8
+        like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=delta.dtype, device=delta.device)
         grad_weight = layer.weight_gradient(delta, x, like) if ctx.needs_input_grad[1] else None
         grad_bias = delta.sum([d for d in range(delta.ndim) if d != 1]) if ctx.needs_input_grad[2] else None
-        return None, grad_weight, grad_bias, *(None,) * 5
+        return None, grad_weight, grad_bias, *(None,) * 6
 
 
 class Transport(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels import ops
-from fbkernels.autograd import Transport
+from fbkernels.autograd import Behind, Transport
 from fbkernels.points import FeedbackPoint, LazyBuffers
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Measurement, Rule
@@ -54,14 +54,15 @@ class Feedback(LazyBuffers):
 
     def _reset(self) -> None:
         self.activities: dict[str, Tensor] = {}  # h_l by point, until the loss has taken them
-        self.epilogues: dict[str, tuple[str, Tensor]] = {}  # of fused blocks: the activation, and what its derivative is read from
+        self.blocks: dict[str, tuple[Behind, Tensor, Tensor | None]] = {}  # fused ones, what phi' is read from, and the winners
         self.logits: Tensor | None = None
         self.perturbed: Tensor | None = None
-        self.prediction: Tensor | float = 0.0
+        self.predictions: list[Tensor] = []  # [parts, rows, outputs] of each point: their sum is sum_l Xi_l B_l
         self.inputs: tuple[Any, ...] = ()
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
-        self.perturbing = self.learning = self.warming = self.transports = self.fuses = False
+        self.perturbing = self.learning = self.warming = self.transports = False
+        self.fuses: tuple[torch.dtype, ...] = ()
         self.perturbed_rows = 0
 
     # the forward of the network
@@ -86,11 +87,8 @@ class Feedback(LazyBuffers):
         self.inputs = (args, kwargs) if self.rule.supervised else ()  # only a second pass needs the batch after this one
         self.transports = self.layerwise and self.probe != "exact"
         device = self.step.device
-        self.fuses = (
-            not (self.layerwise or self.probe or self.rule.private or torch.compiler.is_compiling())
-            and not torch.is_autocast_enabled(device.type)
-            and ops.choose(self.backend, device) == "cpp"
-        )
+        if not (self.layerwise or self.probe or self.rule.private or torch.compiler.is_compiling()):
+            self.fuses = ops.fuses(self.backend, device)
         self.learning = not self.probe and (self.every == 1 or self.steps % self.every == 0)
         wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and self.learning
         self.perturbing = wanted and torch.is_grad_enabled()
@@ -194,8 +192,9 @@ class Feedback(LazyBuffers):
         self.skipped.add_((~ok).sum())
         zero = torch.zeros((), dtype=e.dtype, device=e.device)
         dL, e, dy = torch.where(ok, dL, zero), torch.where(ok[:, None], e[:n], zero), torch.where(ok[:, None], dy, zero)
-        if isinstance(self.prediction, Tensor):
-            self.prediction = self.prediction * ok[:, None]
+        prediction: Tensor | float = 0.0
+        if self.predictions:
+            prediction = torch.cat(self.predictions).sum(0) * ok[:, None]
         return Measurement(
             step=self.step.clone(),
             rows=n,
@@ -205,7 +204,7 @@ class Feedback(LazyBuffers):
             w=(dL / self.noise_std**2).to(dtype),
             loss_change=dL.to(dtype),
             output_change=dy.to(dtype),
-            prediction=self.prediction,
+            prediction=prediction,
             points=tuple(self.activities),
             errors=self.errors,
             changes=self.changes,
@@ -318,12 +317,12 @@ class Feedback(LazyBuffers):
         self.flush()
         fresh: dict[str, Any] = {
             "activities": {},
-            "epilogues": {},
+            "blocks": {},
             "errors": {},
             "changes": {},
             "logits": None,
             "perturbed": None,
-            "prediction": 0.0,
+            "predictions": [],
             "inputs": (),
         }
         return {**self.__dict__, **fresh}

@@ -146,7 +146,7 @@ class PerturbedLoss(nn.Module):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         learns = net.rule.adapts and net.learning and (perturbed is not None or not net.rule.perturbs)
         out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor, learns)
-        net.activities, net.epilogues, net.logits = {}, {}, None
+        net.activities, net.blocks, net.logits = {}, {}, None
         with torch.no_grad():
             if net.rule.supervised:
                 from fbkernels.metrics import true_gradients
@@ -197,6 +197,6 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
         feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
         activities = tuple(net.activities.values())
     channels_first = tuple(point.channels_first for point in points) if activities else ()
-    epilogues = tuple(net.epilogues.get(name) for name in net.activities) if activities else ()
-    out: Tensor = Deliver.apply(losses, e, feedback, epilogues, channels_first, net.rule.private, record, anchor, logits, *activities)
+    blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
+    out: Tensor = Deliver.apply(losses, e, feedback, blocks, channels_first, net.rule.private, record, anchor, logits, *activities)
     return out

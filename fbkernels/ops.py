@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -184,6 +185,13 @@ def _backend(t: Tensor, backend: str) -> str:
     return "reference" if chosen == "cuda" else chosen  # whose one kernel is the noise
 
 
+def fuses(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The dtypes of the layers that run as one block with their activation, pooling and noise."""
+    chosen = choose(backend, device)
+    # autocast on the CPU takes some functions to float32 that a block would run in bfloat16
+    return () if chosen == "cpp" and torch.is_autocast_enabled("cpu") else _DTYPES.get(chosen, ())
+
+
 def _compiled(t: Tensor, backend: str) -> bool:
     """Whether the C++ kernels of this file take the tensor."""
     return _backend(t, backend) == "cpp"
@@ -208,6 +216,85 @@ def _behind(z: Tensor, rows: int, pool: str, kernel_size: Sequence[int], stride:
     return torch.empty(rows, z.shape[1], *size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
 
 
+_TILE_UNITS = 64  # BU of kernels/feedback_update.py
+# B's update and the joint rules' prediction ride in the launch of the layer whose rows of B they are (SPEC 5)
+_UPDATE = (
+    "Tensor? B=None, Tensor? M=None, Tensor? G=None, Tensor? R=None, Tensor? Q=None, Tensor? w=None, Tensor? learned_step=None, "
+    "bool predicts=False"
+)
+
+
+def _expect(name: str, t: Tensor | None, like: Tensor, *shape: int) -> None:
+    """A Triton kernel reads what it is given."""
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+    if t is not None and t.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {t.device}")
+
+
+def _plan(
+    like: Tensor,
+    units: int,
+    rows: int,
+    kind: str,
+    B: Tensor | None = None,
+    M: Tensor | None = None,
+    G: Tensor | None = None,
+    R: Tensor | None = None,
+    Q: Tensor | None = None,
+    w: Tensor | None = None,
+    learned_step: Tensor | None = None,
+    predicts: bool = False,
+) -> Any:
+    """B's update as a Triton launch takes it."""
+    if B is not None:
+        m = B.shape[-1]
+        _expect("B", B, like, units, m)
+        if (R is None) != (Q is None) or (R is None) != (w is None) or (R is not None and G is not None) or (M is not None and G is None):
+            raise ValueError("G must be given, with or without M, or R, Q and w")
+        if (G is None and R is None) != (learned_step is None):
+            raise ValueError("learned_step goes together with G, or R, Q and w")
+        learned = len(G) if G is not None else len(R) if R is not None else 0
+        for name, t in (("G", G), ("R", R), ("Q", Q)):
+            _expect(name, t, like, learned, m)
+        _expect("M", M, like, m, m)
+        _expect("w", w, like, learned)
+        _expect("learned_step", learned_step, like)
+        B, M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (B, M, G, R, Q, w))
+    return _kernels().plan(B, M, G, R, Q, w, learned_step, rows if predicts else 0, kind, like)
+
+
+def _ride(
+    z: Tensor,
+    key: tuple[Any, ...],
+    offset: int,
+    backend: str,
+    B: Tensor | None = None,
+    M: Tensor | None = None,
+    G: Tensor | None = None,
+    R: Tensor | None = None,
+    Q: Tensor | None = None,
+    w: Tensor | None = None,
+    learned_step: Tensor | None = None,
+    predicts: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The same beside the layer, where no launch does both."""
+    if B is None:
+        return z.new_empty(0, dtype=torch.float32), z.new_empty(0, dtype=torch.float32)
+    step, seed, point, rows, std, kind = key
+    predicted, rows = (step, rows) if predicts else (None, 0)
+    return _feedback_update(B, M, G, R, Q, w, learned_step, predicted, seed, point, rows, std, kind, offset=offset, backend=backend)
+
+
+def _ride_fake(
+    z: Tensor, rows: int, backend: str, B: Tensor | None = None, learned_step: Tensor | None = None, predicts: bool = False, **_: Any
+) -> tuple[Tensor, Tensor]:
+    none = z.new_empty(0, dtype=torch.float32)
+    if B is None:
+        return none, none.clone()
+    return _feedback_update_fake(B, None, None, None, None, None, learned_step, z if predicts else None, 0, 0, rows, backend=backend)
+
+
 def _pointwise(
     z: Tensor,
     q: Tensor | None,
@@ -225,10 +312,12 @@ def _pointwise(
     std: float,
     kind: str,
     *,
+    scale: Tensor | None = None,
     antithetic: bool = False,
     offset: int = 0,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    **update: Any,
+) -> tuple[Tensor, ...]:
     if z.ndim not in (2, 4) or (z.ndim == 2 and pool != "none"):
         raise ValueError(f"z must be [samples, channels, height, width], or [samples, units] without pooling, got shape {tuple(z.shape)}")
     one_of("activation", activation, reference.ACTIVATIONS)
@@ -236,33 +325,45 @@ def _pointwise(
     integer("rows", rows, 0, len(z))
     for s in stride:
         integer("stride", s, 1)
+    if pool == "none":
+        kernel_size, stride, padding = (1, 1), (1, 1), (0, 0)
     window = (pool, pool_first, kernel_size, stride, padding)
-    if not _compiled(z, backend):
-        h, kept, winner = reference.pointwise(z, bias, activation, *window)
+    key: tuple[Any, ...] = (step, seed, point, rows, std, kind)
+    chosen = _backend(z, backend)
+    if chosen == "reference":
+        h, kept, winner = reference.pointwise(z, bias, activation, *window, scale)
         perturbed = z.new_empty(0)
         if rows:
             exact = z.dtype if z.dtype == torch.float64 else torch.float32
             xi = noise(step, seed, point, rows, h[:1].numel(), std, kind, offset=offset, dtype=exact, backend=backend)
             xi = reference.layout(xi, (rows, *h.shape[1:])).to(z.dtype)
-            clean = h[:rows] if q is None else reference.pointwise(q, bias, activation, *window)[0]
+            clean = h[:rows] if q is None else reference.pointwise(q, bias, activation, *window, scale)[0]
             perturbed = (torch.cat((clean, clean)) if antithetic and q is None else clean) + (torch.cat((xi, -xi)) if antithetic else xi)
         # an op may not return its input
         h, kept = (_dense(t).clone() if t.data_ptr() == z.data_ptr() else _dense(t) for t in (h, kept))
-        return h, _dense(perturbed), kept, _dense(winner)
-    z = _dense(z)
-    behind = _behind(z, len(z), pool, kernel_size, stride, padding)
-    perturbed = _behind(z, rows * (1 + antithetic), pool, kernel_size, stride, padding) if rows else z.new_empty(0)
-    gelu = activation == "gelu" and pool != "avg"
-    kept = torch.empty_like(behind) if gelu else z.new_empty(0)
-    winner = torch.empty_like(behind, dtype=torch.uint8) if pool == "max" else z.new_empty(0, dtype=torch.uint8)
+        return h, _dense(perturbed), kept, _dense(winner), *_ride(z, key, offset, backend, **update)
+    z, q = _dense(z), None if q is None else _dense(q)
+    h, perturbed, kept, winner = _pointwise_outputs(z, activation, pool, kernel_size, stride, padding, rows * (1 + antithetic))
+    given = [t if t.numel() else None for t in (perturbed, kept, winner)]
+    bias, scale = None if bias is None else bias.float().contiguous(), None if scale is None else scale.float().contiguous()
+    if chosen == "triton":
+        units = h[:1].numel()
+        check_noise(step, point, rows, units, std, kind, offset)
+        _expect("q", q, z, rows * (1 + antithetic), *z.shape[1:])
+        _expect("scale", scale, z, z.shape[1])
+        _expect("bias", bias, z, z.shape[1])
+        _check_window(z, pool, kernel_size, padding)
+        plan = _plan(z, units, rows, kind, **update)
+        _kernels().perturbed_pointwise(z, q, scale, bias, activation, *window, *key, antithetic, offset, h, *given, plan)
+        return h, perturbed, kept, winner, plan.new, plan.parts
+    maps: list[Any] = [None if t is None else _maps(t) for t in given]
     _C.pointwise(
         _maps(z),
-        None if q is None else _maps(_dense(q)),
-        None if bias is None else bias.float().contiguous(),
-        _maps(behind),
-        _maps(perturbed) if rows else None,
-        _maps(kept) if gelu else None,
-        _maps(winner) if pool == "max" else None,
+        None if q is None else _maps(q),
+        scale,
+        bias,
+        _maps(h),
+        *maps,
         activation,
         pool,
         pool_first,
@@ -277,7 +378,17 @@ def _pointwise(
         offset,
         torch.get_num_threads(),
     )
-    return behind, perturbed, kept, winner
+    return h, perturbed, kept, winner, *_ride(z, key, offset, backend, **update)
+
+
+def _pointwise_outputs(
+    z: Tensor, activation: str, pool: str, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors for h, the perturbed activity, what phi' is read from where h does not do, and the winners."""
+    h = _behind(z, z.shape[0], pool, kernel_size, stride, padding)
+    perturbed = _behind(z, rows, pool, kernel_size, stride, padding) if rows else z.new_empty(0)
+    kept = torch.empty_like(h) if activation == "gelu" and pool != "avg" else z.new_empty(0)
+    return h, perturbed, kept, torch.empty_like(h, dtype=torch.uint8) if pool == "max" else z.new_empty(0, dtype=torch.uint8)
 
 
 def _pointwise_fake(
@@ -297,22 +408,244 @@ def _pointwise_fake(
     std: float,
     kind: str,
     *,
+    scale: Tensor | None = None,
     antithetic: bool = False,
-    **_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = _behind(z, z.shape[0], pool, kernel_size, stride, padding)
-    perturbed = _behind(z, rows * (1 + antithetic), pool, kernel_size, stride, padding) if rows else z.new_empty(0)
-    kept = torch.empty_like(h) if activation == "gelu" and pool != "avg" else z.new_empty(0)
-    return h, perturbed, kept, torch.empty_like(h, dtype=torch.uint8) if pool == "max" else z.new_empty(0, dtype=torch.uint8)
+    offset: int = 0,
+    backend: str = "auto",
+    **update: Any,
+) -> tuple[Tensor, ...]:
+    outputs = _pointwise_outputs(z, activation, pool, kernel_size, stride, padding, rows * (1 + antithetic))
+    return *outputs, *_ride_fake(z, rows, backend, **update)
 
 
 perturbed_pointwise = Op(
     "perturbed_pointwise(Tensor z, Tensor? q, Tensor? bias, str activation, str pool, bool pool_first, int[] kernel_size, int[] stride, "
-    "int[] padding, Tensor step, int seed, int point, SymInt rows, float std, str kind, *, bool antithetic=False, SymInt offset=0, "
-    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
+    "int[] padding, Tensor step, int seed, int point, SymInt rows, float std, str kind, *, Tensor? scale=None, bool antithetic=False, "
+    f'SymInt offset=0, str backend="auto", {_UPDATE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
     _pointwise,
     _pointwise_fake,
 )
+
+
+def _check_window(z: Tensor, pool: str, kernel_size: Sequence[int], padding: Sequence[int]) -> None:
+    """What _C says of a pooling, for the backends that do not ask it."""
+    if pool == "none":
+        return
+    for n, k, p in zip(z.shape[2:], kernel_size, padding, strict=True):
+        integer("kernel_size", k, 1)
+        integer("padding", p, 0, k // 2)
+        if k > n + 2 * p:
+            raise ValueError(f"kernel_size must not be larger than the padded map, {n + 2 * p}, got {k}")
+    if pool == "max" and kernel_size[0] * kernel_size[1] > 256:
+        raise ValueError(f"kernel_size of max-pooling must cover at most 256 places, which a byte can number, got {tuple(kernel_size)}")
+
+
+_NO_POOL: tuple[Any, ...] = ("none", False, (1, 1), (1, 1), (0, 0))
+_LINEAR = ((1, 1), (0, 0), (1, 1), 1)  # as a convolution of maps of one place
+
+
+def _linear(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    step: Tensor,
+    seed: int,
+    point: int,
+    rows: int,
+    std: float,
+    kind: str,
+    *,
+    antithetic: bool = False,
+    offset: int = 0,
+    backend: str = "auto",
+    **update: Any,
+) -> tuple[Tensor, ...]:
+    if x.ndim != 2:
+        raise ValueError(f"x must be [samples, units], got shape {tuple(x.shape)}")
+    key: tuple[Any, ...] = (step, seed, point, rows, std, kind)
+
+    def library() -> tuple[Tensor, ...]:
+        linear = torch.nn.functional.linear
+        if p is not None and weight.numel() >= 2**18:
+            # a weight larger than the cache is read once for both streams: 8.5 against 10.1 ms at 4096 x 2048, 64 samples
+            z, q = linear(torch.cat((x, p)), weight, bias).split((len(x), len(p)))
+        else:
+            z, q = linear(x, weight, bias), None if p is None else linear(p, weight, bias)
+        return _pointwise(z, q, None, activation, *_NO_POOL, *key, antithetic=antithetic, offset=offset, backend=backend, **update)
+
+    if _backend(x, backend) == "triton":
+        out = _fused("perturbed_linear", x, p, weight, bias, _LINEAR, activation, key, antithetic, offset, update, library)
+    else:
+        out = library()
+    return *out[:3], *out[4:]
+
+
+def _linear_fake(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    step: Tensor,
+    seed: int,
+    point: int,
+    rows: int,
+    std: float,
+    kind: str,
+    *,
+    antithetic: bool = False,
+    offset: int = 0,
+    backend: str = "auto",
+    **update: Any,
+) -> tuple[Tensor, ...]:
+    z = x.new_empty(x.shape[0], weight.shape[0])
+    h, perturbed, kept, _ = _pointwise_outputs(z, activation, "none", (1, 1), (1, 1), (0, 0), rows * (1 + antithetic))
+    return h, perturbed, kept, *_ride_fake(z, rows, backend, **update)
+
+
+perturbed_linear = Op(
+    "perturbed_linear(Tensor x, Tensor? p, Tensor weight, Tensor? bias, str activation, Tensor step, int seed, int point, SymInt rows, "
+    f'float std, str kind, *, bool antithetic=False, SymInt offset=0, str backend="auto", {_UPDATE}) '
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear,
+    _linear_fake,
+)
+
+
+def _conv2d(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    step: Tensor,
+    seed: int,
+    point: int,
+    rows: int,
+    std: float,
+    kind: str,
+    *,
+    antithetic: bool = False,
+    offset: int = 0,
+    backend: str = "auto",
+    **update: Any,
+) -> tuple[Tensor, ...]:
+    if x.ndim != 4:
+        raise ValueError(f"x must be [samples, channels, height, width], got shape {tuple(x.shape)}")
+    key: tuple[Any, ...] = (step, seed, point, rows, std, kind)
+    layer = (stride, padding, dilation, groups)
+    x, weight = _dense(x), _dense(weight)
+
+    def library() -> tuple[Tensor, ...]:
+        convolve = torch.nn.functional.conv2d
+        z, q = convolve(x, weight, bias, *layer), None if p is None else convolve(p, weight, bias, *layer)
+        window = (pool, pool_first, kernel_size, pool_stride, pool_padding)
+        return _pointwise(z, q, None, activation, *window, *key, antithetic=antithetic, offset=offset, backend=backend, **update)
+
+    if _backend(x, backend) != "triton" or pool != "none":
+        return library()
+    return _fused("perturbed_conv2d", x, p, weight, bias, layer, activation, key, antithetic, offset, update, library)
+
+
+def _conv2d_fake(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    step: Tensor,
+    seed: int,
+    point: int,
+    rows: int,
+    std: float,
+    kind: str,
+    *,
+    antithetic: bool = False,
+    offset: int = 0,
+    backend: str = "auto",
+    **update: Any,
+) -> tuple[Tensor, ...]:
+    z = x.new_empty(x.shape[0], weight.shape[0], *reference.conv_size(x.shape[2:], weight, stride, padding, dilation))
+    outputs = _pointwise_outputs(z, activation, pool, kernel_size, pool_stride, pool_padding, rows * (1 + antithetic))
+    return *outputs, *_ride_fake(z, rows, backend, **update)
+
+
+perturbed_conv2d = Op(
+    "perturbed_conv2d(Tensor x, Tensor? p, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+    "str activation, str pool, bool pool_first, int[] kernel_size, int[] pool_stride, int[] pool_padding, Tensor step, int seed, "
+    f'int point, SymInt rows, float std, str kind, *, bool antithetic=False, SymInt offset=0, str backend="auto", {_UPDATE}) '
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _conv2d,
+    _conv2d_fake,
+)
+
+
+def _fused(
+    name: str,
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: tuple[Any, ...],
+    activation: str,
+    key: tuple[Any, ...],
+    antithetic: bool,
+    offset: int,
+    update: dict[str, Any],
+    library: Callable[[], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """One launch of Triton, or the library's layer and one launch of what follows it: what is faster on this GPU."""
+    step, _, point, rows, std, kind = key
+    stride, padding, dilation, groups = layer
+    one_of("activation", activation, reference.ACTIVATIONS)
+    integer("rows", rows, 0, len(x))
+    if weight.ndim != x.ndim or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups or weight.dtype != x.dtype:
+        expected = f"{x.ndim} dimensions, {x.shape[1]} / {groups} input channels and dtype {x.dtype}"
+        raise ValueError(f"weight must have {expected}, got shape {tuple(weight.shape)} and {weight.dtype}")
+    size = reference.conv_size(x.shape[2:], weight, stride, padding, dilation)
+    if any(n < 1 for n in size):
+        raise ValueError(f"weight must not be larger than the padded map, got shape {tuple(weight.shape)} for {tuple(x.shape)}")
+    outputs = weight.shape[0]
+    _expect("weight", weight, x, *weight.shape)
+    _expect("bias", bias, x, outputs)
+    _expect("p", p, x, rows * (1 + antithetic), *x.shape[1:])
+    units = outputs * math.prod(size)
+    check_noise(step, point, rows, units, std, kind, offset)
+    plan = _plan(x, units, rows, kind, **update)
+    like = x.new_empty(1).expand(len(x), outputs, *size)
+    h, perturbed, kept, winner = _pointwise_outputs(like, activation, "none", (), (), (), rows * (1 + antithetic))
+    tensors = (_dense(x), None if p is None else _dense(p), _dense(weight), bias)
+    outs = (h, *(t if t.numel() else None for t in (perturbed, kept)))
+
+    def run(configuration: dict[str, int] | str) -> tuple[Tensor, ...]:
+        if isinstance(configuration, str):
+            return library()
+        _kernels().perturbed_conv2d(*tensors, *layer, activation, *key, antithetic, offset, *outs, plan, configuration)
+        return h, perturbed, kept, winner, plan.new, plan.parts
+
+    candidates = [*_kernels().configurations(x.dtype), "library"]
+    shapes = (*x.shape, *weight.shape, *stride, *padding, *dilation, groups, 0 if p is None else len(p), *plan.shape)
+    return run(_kernels().fastest(name, (str(x.dtype), activation, kind, _kernels().precision(), *shapes), candidates, run))
 
 
 def _unpool(
@@ -380,27 +713,63 @@ pooled_weight_gradient = Op(
 )
 
 
-def _feedback(e: Tensor, B: Tensor, kept: Tensor, activation: str, *, backend: str = "auto") -> Tensor:
+def _feedback(
+    e: Tensor,
+    B: Tensor,
+    kept: Tensor,
+    activation: str,
+    *,
+    winner: Tensor | None = None,
+    size: Sequence[int] = (),
+    kernel_size: Sequence[int] = (1, 1),
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    backend: str = "auto",
+) -> Tensor:
     one_of("activation", activation, reference.ACTIVATIONS)
     if kept.ndim not in (2, 4):
         raise ValueError(f"kept must be an activity [samples, units] or [samples, channels, height, width], got shape {tuple(kept.shape)}")
-    if not _compiled(kept, backend) or B.dtype != torch.float32:
+    chosen = _backend(kept, backend)
+    window = (size, kernel_size, stride, padding)
+    if chosen == "triton" and B.dtype == torch.float32:
+        units = kept[0].numel() if len(kept) else len(B)
+        for name, t, shape in (("B", B, (units, e.shape[-1])), ("e", e, (len(kept), e.shape[-1])), ("winner", winner, tuple(kept.shape))):
+            _expect(name, t, kept, *shape)
+        delta = _feedback_fake(e, B, kept, activation, winner=winner, size=size)
+        if winner is not None:
+            _check_window(delta, "max", kernel_size, padding)
+            if tuple(winner.shape) != tuple(_behind(delta, len(delta), "max", *window[1:]).shape):
+                raise ValueError(f"size {tuple(size)} pooled does not have the shape of winner, {tuple(winner.shape)}")
+        read = None if activation == "identity" else _dense(kept)
+        won = None if winner is None else _dense(winner)
+        _kernels().feedback(e.float().contiguous(), B.contiguous(), read, won, activation, delta, *window[1:])
+        return delta
+    if chosen != "cpp" or B.dtype != torch.float32:
         delta = reference.layout(e.to(B.dtype) @ B.T, kept.shape)
-        return _dense((delta * reference.derivative(kept, activation)).to(kept.dtype))
-    kept = _dense(kept)
-    delta = torch.empty_like(kept)
-    flat = [_maps(t).flatten(1) for t in (kept, delta)]
-    _C.feedback(
-        e.float().contiguous(), B.contiguous(), None if activation == "identity" else flat[0], flat[1], activation, torch.get_num_threads()
-    )
-    return delta
+        delta = _dense((delta * reference.derivative(kept, activation)).to(kept.dtype))
+    else:
+        kept = _dense(kept)
+        delta = torch.empty_like(kept)
+        flat = [_maps(t).flatten(1) for t in (kept, delta)]
+        read = None if activation == "identity" else flat[0]
+        _C.feedback(e.float().contiguous(), B.contiguous(), read, flat[1], activation, torch.get_num_threads())
+    return delta if winner is None else _unpool(delta, winner, *window, backend=backend)
 
 
-def _feedback_fake(e: Tensor, B: Tensor, kept: Tensor, activation: str, **_: Any) -> Tensor:
+def _feedback_fake(
+    e: Tensor, B: Tensor, kept: Tensor, activation: str, *, winner: Tensor | None = None, size: Sequence[int] = (), **_: Any
+) -> Tensor:
+    if winner is not None:
+        return _unpool_fake(kept, winner, size)
     return torch.empty_like(kept, memory_format=torch.channels_last if kept.ndim == 4 else torch.contiguous_format)
 
 
-feedback = Op('feedback(Tensor e, Tensor B, Tensor kept, str activation, *, str backend="auto") -> Tensor', _feedback, _feedback_fake)
+feedback = Op(
+    "feedback(Tensor e, Tensor B, Tensor kept, str activation, *, Tensor? winner=None, SymInt[] size=[], int[] kernel_size=[1, 1], "
+    'int[] stride=[1, 1], int[] padding=[0, 0], str backend="auto") -> Tensor',
+    _feedback,
+    _feedback_fake,
+)
 
 
 _TASK_UNITS = 1024  # FeedbackUpdateParams::task_units
@@ -424,7 +793,16 @@ def _feedback_update(
     offset: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    if choose(backend, B.device) != "cpp" or B.dtype != torch.float32:
+    chosen = _backend(B, backend)
+    if chosen == "triton" and B.dtype == torch.float32:
+        for t, rows in ((step, len(B)), (predicted_step, predicted_rows)):
+            if t is not None:
+                check_noise(t, point, rows, len(B), std, kind, offset)
+        predicted = predicted_rows if predicted_step is not None else 0
+        plan = _plan(B, len(B), predicted, kind, B, M, G, R, Q, w, step, predicted > 0)
+        _kernels().feedback_update(plan, predicted_step, seed, point, len(B), std, kind, offset)
+        return plan.new, plan.parts
+    if chosen != "cpp" or B.dtype != torch.float32:
         new, key = B, (seed, point)
         draw: dict[str, Any] = {"offset": offset, "dtype": B.dtype, "backend": backend}
         gain = (R, Q) if R is not None and Q is not None else M
@@ -433,14 +811,14 @@ def _feedback_update(
             new = reference.feedback_update(B, noise(step, *key, len(target), len(B), std, kind, **draw), gain, target)
         if predicted_step is None:
             return new, B.new_empty(0)
-        prediction = noise(predicted_step, *key, predicted_rows, len(B), std, kind, **draw) @ new
+        prediction = (noise(predicted_step, *key, predicted_rows, len(B), std, kind, **draw) @ new)[None]
         return (B.new_empty(0) if step is None else new), prediction
     M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (M, G, R, Q, w))
     B = B.contiguous()
     out = None if step is None else torch.empty_like(B)
     parts = B.new_empty(-(-len(B) // _TASK_UNITS) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
     _C.feedback_update(B, out, M, G, R, Q, w, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
-    return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[0].clone()
+    return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[:1].clone()
 
 
 def _feedback_update_fake(
@@ -456,10 +834,12 @@ def _feedback_update_fake(
     point: int,
     predicted_rows: int,
     *_: Any,
+    backend: str = "auto",
     **__: Any,
 ) -> tuple[Tensor, Tensor]:
     new = B.new_empty(0) if step is None else B.new_empty(B.shape)
-    return new, B.new_empty(0) if predicted_step is None else B.new_empty(predicted_rows, B.shape[1])
+    parts = -(-B.shape[0] // _TILE_UNITS) if _backend(B, backend) == "triton" and B.dtype == torch.float32 else 1
+    return new, B.new_empty(0) if predicted_step is None else B.new_empty(parts, predicted_rows, B.shape[1])
 
 
 feedback_update = Op(

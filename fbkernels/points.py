@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fbkernels import ops, reference
-from fbkernels.autograd import Block, Epilogue
+from fbkernels.autograd import Behind, Block, Epilogue
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.streams import Carry, Deferred, Streams, defer, resolve, streams, twin
@@ -131,28 +131,27 @@ class FeedbackPoint(LazyBuffers):
 
     def perturb(self, s: Streams) -> Streams:
         net = self.net
-        block = None if s.deferred is None else self.block(s.deferred)
-        if block is None:
-            resolve(s).check()
-            h, perturbed = s.clean, None
-        else:
+        predicts = net.perturbing and net.rule.predicts and not net.layerwise
+        block = None if s.deferred is None else self.block(s.deferred, predicts)
+        if block is not None:
             h, perturbed = block
+            return streams(net, net.cut(h), perturbed, source=(self, ()))
+        resolve(s).check()
+        h, perturbed = s.clean, s.perturbed
         net.visit(self, h)
         self.shape = h.shape[1:]
-        predicts = net.perturbing and net.rule.predicts and not net.layerwise
         if not net.layerwise:
             prediction = self.flush(net.perturbed_rows if predicts else 0)
             if prediction is not None:
-                net.prediction = net.prediction + prediction
-        if block is None:
-            perturbed = s.perturbed
-            if net.perturbing:
-                xi = self.noise(net.step, net.perturbed_rows, h.dtype)
-                perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
+                net.predictions.append(prediction)
+        if net.perturbing:
+            xi = self.noise(net.step, net.perturbed_rows, h.dtype)
+            perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
         return streams(net, net.cut(h), perturbed, source=(self, ()))
 
-    def block(self, deferred: Deferred) -> tuple[Tensor, Tensor | None] | None:
-        """The layer, its activation and pooling, and the noise in one pass; None where what was deferred is of another form."""
+    def block(self, deferred: Deferred, predicts: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The layer, its activation and pooling, the noise, and B's pending update in one pass (SPEC 5); None where what was deferred is
+        of another form."""
         net, source, calls = self.net, deferred.source, deferred.calls
         layer, x, weight, bias = None, source.clean, None, None
         if len(calls) > len(deferred.parts):
@@ -161,7 +160,7 @@ class FeedbackPoint(LazyBuffers):
             given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
             weight, bias = constant(given.pop("weight")), constant(given.pop("bias", None))
             layer, by_hand = Connection.of(name, weight, x, **given)
-            if any(by_hand) or weight.dtype != x.dtype:
+            if any(by_hand) or (weight.dtype != x.dtype and deferred.autocast is None):
                 return None
         kinds = [part[0] for part in deferred.parts]
         if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
@@ -169,10 +168,38 @@ class FeedbackPoint(LazyBuffers):
         named = {part[0]: part[1:] for part in deferred.parts}
         epilogue = Epilogue(named.get("activation", ("identity",))[0], kinds[:1] == ["pool"], *named.get("pool", Epilogue.no_pool))
         rows = net.perturbed_rows if net.perturbing else 0
+        q = source.perturbed if rows else None
+        if layer is not None and deferred.autocast is not None:
+            low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
+            x, weight, bias, q = x.to(deferred.autocast), low(weight), low(bias), low(q)
         key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise)
-        h, perturbed, kept = Block.apply(x, weight, bias, source.perturbed if rows else None, layer, epilogue, key, net.antithetic)
-        net.epilogues[self.name] = (epilogue.derivative, kept if kept.numel() else h.detach())
-        return h, perturbed if rows else None
+        chosen = ops.choose(net.backend, net.step.device)
+        behind = Behind(epilogue.derivative, chosen)
+        options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
+        h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, layer, epilogue, key, options, behind)
+        net.visit(self, h)
+        self.shape = h.shape[1:]
+        if new.numel():
+            self.pending, self._buffers["B"] = None, new
+        if prediction.numel():
+            net.predictions.append(prediction)
+        unpools = epilogue.pool == "max" and chosen == "triton"
+        net.blocks[self.name] = (behind, kept if kept.numel() else h.detach(), winner if unpools else None)
+        return h, p if rows else None
+
+    def riding(self, predicts: bool) -> dict[str, Any]:
+        """B's pending update and the joint rules' prediction, as arguments of the launch that runs the layer (SPEC 5)."""
+        m, rule = self.pending, self.net.rule
+        if m is not None and (type(rule).learn is not Rule.learn or m.gains is None):
+            self.flush()
+            m = None
+        if "B" not in self._buffers or not (predicts or m is not None):
+            return {}
+        update: dict[str, Any] = {"B": self._buffers["B"], "predicts": predicts}
+        if m is not None and m.gains is not None:
+            M, G = m.gains
+            update |= {"learned_step": m.step, **({"R": M[0], "Q": M[1], "w": G} if isinstance(M, tuple) else {"M": M, "G": G})}
+        return update
 
     def noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """The step's noise xi_l, in the layout of the activity; regenerated, never stored."""

@@ -120,15 +120,17 @@ def pointwise(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """phi and pooling of z + bias, in either order: h; z behind each h where phi is gelu; and the winner of each max-pooling window.
+    """phi and pooling of scale z + bias, in either order: h; z behind each h where phi is gelu; and the winner of each max-pooling window.
 
     A winner is its place in the window, ``kernel_width * y + x``, uint8. Where phi does not decrease, pooling z gives the same h, and the
     winner is that of z: ties that phi alone makes do not count.
     """
     phi, window = ACTIVATIONS[activation], (tuple(kernel_size), tuple(stride), tuple(padding))
-    if bias is not None:
-        z = z + bias.view(-1, *[1] * (z.ndim - 2))
+    scale, bias = (None if t is None else t.to(z.dtype).view(-1, *[1] * (z.ndim - 2)) for t in (scale, bias))
+    z = z if scale is None else z * scale
+    z = z if bias is None else z + bias
     none, nobody = z.new_empty(0), z.new_empty(0, dtype=torch.uint8)
     if pool == "avg":
         return phi(F.avg_pool2d(z, *window)) if pool_first else F.avg_pool2d(phi(z), *window), none, nobody
@@ -172,6 +174,12 @@ def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | N
     return new if M is None else new - B @ M.to(B.dtype)
 
 
+def conv_size(size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """The height and width behind a convolution."""
+    spatial = zip(size, weight.shape[2:], stride, padding, dilation, strict=True)
+    return [(n + 2 * p - t * (k - 1) - 1) // s + 1 for n, k, s, p, t in spatial]
+
+
 def pooled_weight_gradient(
     delta: Tensor,
     winner: Tensor,
@@ -189,8 +197,7 @@ def pooled_weight_gradient(
     dW[c, i, ky, kx] = sum over n, y, x of d[n, c, y, x] x[n, i, y s + ky t - p, x s + kx t - p], db[c] = sum of d, with d the unpooled
     delta, stride s, dilation t and padding p; one group.
     """
-    spatial = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    size = [(n + 2 * p - t * (k - 1) - 1) // s + 1 for n, k, s, p, t in spatial]
+    size = conv_size(x.shape[2:], weight, stride, padding, dilation)
     dense = unpool(delta, winner, size, kernel_size, pool_stride, pool_padding)
     gradient = torch.ops.aten.convolution_backward(
         dense, x.to(delta.dtype), weight.to(delta.dtype), None, stride, padding, dilation, False, [0, 0], 1, [False, True, False]
@@ -262,6 +269,10 @@ class Connection:
             size = (size[0] + total[0] % 2, size[1] + total[1] % 2)
         assert not isinstance(padding, str)
         return Connection(True, x.shape[1], kernel, size, pair(stride), pair(padding), dilation, groups), by_hand
+
+    def size_behind(self, weight: Tensor) -> list[int]:
+        """The height and width of what the convolution computes, none of a linear map."""
+        return conv_size(self.size, weight, self.stride, self.padding, self.dilation) if self.convolution else []
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.convolution:

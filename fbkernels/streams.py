@@ -61,6 +61,7 @@ class Deferred:
     calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
     parts: tuple[tuple[Any, ...], ...]  # fusible() of the activation and the pooling, not of a layer
     grad: bool  # whether autograd was on
+    autocast: torch.dtype | None  # what autocast ran the layer in
 
 
 class Streams(Tensor):
@@ -153,10 +154,11 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
     """Put off a layer, or an activation or a pooling that a point waits behind, where the point can run it in its one pass."""
     call = (func, name, args, kwargs)
     if name in ("linear", "conv2d"):
-        x = s.clean
-        if x.requires_grad or x.ndim != (2 if name == "linear" else 4) or x.dtype not in (torch.float32, torch.bfloat16):
+        x, device = s.clean, s.clean.device.type
+        if x.requires_grad or x.ndim != (2 if name == "linear" else 4) or x.dtype not in s.net.fuses:
             return None
-        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled()), None)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), autocast), None)
     part = fusible(name, args, kwargs)
     if part is None:
         return None
@@ -164,11 +166,11 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         if (
             s.pending is None
             or not (s.clean.ndim == 2 or (s.clean.ndim == 4 and s.pending.channels_first is not False))
-            or s.clean.dtype not in (torch.float32, torch.bfloat16)
+            or s.clean.dtype not in s.net.fuses
             or _in_place(name, kwargs)
         ):
             return None
-        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled()), s.pending)
+        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled(), None), s.pending)
     deferred = replace(s.deferred, calls=(*s.deferred.calls, call), parts=(*s.deferred.parts, part))
     if not _in_place(name, kwargs):
         return defer(s.net, deferred, s.pending)

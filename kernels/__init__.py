@@ -1,5 +1,20 @@
 """Triton kernels and their launchers; imported as ``fbkernels.kernels``."""
 
+from fbkernels.kernels.feedback import feedback
+from fbkernels.kernels.feedback_update import feedback_update, plan, precision
 from fbkernels.kernels.noise import noise
+from fbkernels.kernels.perturbed_conv2d import configurations, perturbed_conv2d
+from fbkernels.kernels.perturbed_pointwise import perturbed_pointwise
+from fbkernels.kernels.tuning import fastest
 
-__all__ = ["noise"]
+__all__ = [
+    "configurations",
+    "fastest",
+    "feedback",
+    "feedback_update",
+    "noise",
+    "perturbed_conv2d",
+    "perturbed_pointwise",
+    "plan",
+    "precision",
+]

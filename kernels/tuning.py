@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,13 @@ import triton
 T = TypeVar("T")
 ROUNDS = 10
 _known: dict[tuple[int, str, tuple[Any, ...]], Any] = {}
+
+
+@functools.cache
+def capability() -> int:
+    """The architecture that configurations are chosen for: 80, 90, ..."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return 10 * major + minor
 
 
 def fastest(kernel: str, key: tuple[Any, ...], candidates: Sequence[T], run: Callable[[T], Any]) -> T:

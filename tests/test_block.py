@@ -1,4 +1,4 @@
-"""Direct feedback on the cpp backend: whole training steps, as exact as those of torch's own float32 operators."""
+"""Direct feedback on the compiled backends: whole training steps, as exact as those of torch's own float32 operators."""
 
 from __future__ import annotations
 
@@ -77,13 +77,14 @@ def train(model: nn.Module, dtype: torch.dtype, backend: str, steps: int = 3, **
     return out | {n: p.detach() for n, p in network.named_parameters()}
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", NETS)
-def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str) -> None:
+def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str, backend: str) -> None:
     torch.manual_seed(0)
     model = NETS[name]()
     exact = train(model, torch.float64, "reference", rule=RULES[rule]())
-    theirs, ours = (train(model, torch.float32, backend, rule=RULES[rule]()) for backend in ("reference", "cpp"))
+    theirs, ours = (train(model, torch.float32, b, rule=RULES[rule]()) for b in ("reference", backend))
     assert ours.keys() == exact.keys()
     for key, want in exact.items():
         error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
@@ -95,13 +96,14 @@ def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str) -> None:
     "options", [{"fraction": 0.35}, {"antithetic": True}, {"fraction": 0.5, "antithetic": True}, {"every": 2}, {"warmup": 2}], ids=str
 )
 @pytest.mark.parametrize("rule", ["ridge", "joint"])
-def test_options_of_the_noise(rule: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_options_of_the_noise(backend: str, rule: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = NETS["max"]()
     for noise in ("gaussian", "rademacher"):
         options = {**options, "noise": noise, "rule": RULES[rule](), "steps": 4}
         exact = train(model, torch.float64, "reference", **options)
-        theirs, ours = (train(model, torch.float32, backend, **options) for backend in ("reference", "cpp"))
+        theirs, ours = (train(model, torch.float32, b, **options) for b in ("reference", backend))
         for key, want in exact.items():
             error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
             assert error <= 4 * limit + 30 * 2.0**-24 * want.norm() + 1e-9, key
@@ -109,15 +111,15 @@ def test_options_of_the_noise(rule: str, options: dict[str, Any]) -> None:
 
 def test_the_compiled_block_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = NETS["max"](), []
-    for name in ("perturbed_pointwise", "pooled_weight_gradient", "feedback", "feedback_update"):
+    for name in ("perturbed_conv2d", "perturbed_linear", "pooled_weight_gradient", "feedback", "feedback_update"):
         run = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *a, run=run, name=name, **k: (calls.append(name), run(*a, **k))[1])
     train(model, torch.float32, "auto", steps=2, rule=fb.Joint(signal="output"))
     points = 3
-    assert calls.count("perturbed_pointwise") == 2 * points
+    assert (calls.count("perturbed_conv2d"), calls.count("perturbed_linear")) == (2 * 2, 2 * 1)
     assert calls.count("feedback") == 2 * points
     assert calls.count("pooled_weight_gradient") == 2 * 1  # 8 x 3 x 3 = 72 terms are too few, see sparse_gradient
-    assert calls.count("feedback_update") == 2 * points  # with the prediction of the second step, and the flush at the end
+    assert calls.count("feedback_update") == points  # the flush at the end; before, the update is part of the layer's own launch
 
 
 def test_memory_format_and_thread_count_change_nothing() -> None:

@@ -24,7 +24,17 @@ def pointwise() -> dict[str, Any]:
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
     out = {"h": h, "p": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
     how = {"activation": "gelu", "pool": "max", "pool_first": False, "sizes": (3, 3, 2, 2, 1, 1)}
-    return {"z": z, "q": torch.randn(2, 6, 5, 7), "bias": torch.randn(7), **out, **how, **noise, "threads": 2, "simd": ""}
+    return {
+        "z": z,
+        "q": torch.randn(2, 6, 5, 7),
+        "scale": torch.randn(7),
+        "bias": torch.randn(7),
+        **out,
+        **how,
+        **noise,
+        "threads": 2,
+        "simd": "",
+    }
 
 
 def unpool() -> dict[str, Any]:

@@ -47,6 +47,7 @@ def calls(draw: Any) -> dict[str, Any]:
         "z": z,
         "q": q,
         "bias": images(channels, seed=seed + 2) if draw(st.booleans()) else None,
+        "scale": images(channels, seed=seed + 3, scale=0.5) if draw(st.booleans()) else None,
         "activation": draw(st.sampled_from(ACTIVATIONS)),
         "pool": draw(st.sampled_from(POOLS)) if maps else "none",
         "pool_first": draw(st.booleans()),
@@ -69,20 +70,32 @@ def double(value: Any) -> Any:
 
 
 def tolerance(call: dict[str, Any]) -> float:
-    """float32 arithmetic, and one rounding to the dtype, of values of the size of z + bias + noise.
+    """float32 arithmetic, and one rounding to the dtype, of values of the size of scale z + bias + noise.
 
-    Within are: the sum with the bias 1/2 ulp, an activation 2 ulp (erf 4 times |z| / 2), the average of up to 16 one each, the noise 4.
+    Within are: the product with the scale and the sum with the bias 1/2 ulp each,
+    an activation 2 ulp (erf 4 times |z| / 2), the average of up to 16 one each, the noise 4.
     """
     largest = max(float(t.double().abs().max()) for t in (call["z"], call["q"]) if t is not None and t.numel())
+    largest *= 1 if call["scale"] is None else max(1.0, float(call["scale"].abs().max()))
     largest += 0 if call["bias"] is None else float(call["bias"].abs().max())
-    return (2 * EPS[call["z"].dtype] + 2 * (0.5 + 4 + 16 + 4) * EPS[torch.float32]) * max(1.0, largest + 5.8 * call["std"])
+    return (2 * EPS[call["z"].dtype] + 2 * (1 + 4 + 16 + 4) * EPS[torch.float32]) * max(1.0, largest + 5.8 * call["std"])
 
 
 @given(calls())
 @settings(max_examples=300, deadline=None)
 def test_both_streams_are_the_reference(call: dict[str, Any]) -> None:
-    h, p, kept, winner = ops.perturbed_pointwise(**call)
-    expected = ops.perturbed_pointwise(**{k: double(v) for k, v in call.items()}, backend="reference")
+    check(call, "cpp")
+
+
+@given(calls())
+@settings(max_examples=60, deadline=None)
+def test_both_streams_in_triton(call: dict[str, Any]) -> None:
+    check(call, "triton")
+
+
+def check(call: dict[str, Any], backend: str) -> None:
+    h, p, kept, winner = ops.perturbed_pointwise(**call, backend=backend)[:4]
+    expected = ops.perturbed_pointwise(**{k: double(v) for k, v in call.items()}, backend="reference")[:4]
     atol = tolerance(call)
     if kept.numel() and call["pool"] == "max" and not call["pool_first"]:  # gelu is 0 to rounding in many places
         torch.testing.assert_close(F.gelu(kept.double()), expected[0], rtol=0, atol=1.13 * atol)
@@ -94,6 +107,7 @@ def test_both_streams_are_the_reference(call: dict[str, Any]) -> None:
     if call["pool"] == "max":
         # a winner is right if what stands at its place is the maximum: rounding makes ties that float64 has not
         z, window = call["z"].double(), (call["kernel_size"], call["stride"], call["padding"])
+        z = z if call["scale"] is None else z * call["scale"].double().view(-1, 1, 1)
         z = z if call["bias"] is None else z + call["bias"].double().view(-1, 1, 1)
         inner = reference.ACTIVATIONS[call["activation"]] if call["activation"] == "gelu" and not call["pool_first"] else torch.clone
         for i in range(h.shape[2]):
@@ -112,13 +126,15 @@ def test_every_instruction_set_and_thread_count(call: dict[str, Any], threads: i
     results = []
     for simd in _C.simd_paths():
         for t in (1, threads):
-            out = [torch.full_like(x, 7) for x in ops.perturbed_pointwise(**call)]
+            out = [torch.full_like(x, 7) for x in ops.perturbed_pointwise(**call)[:4]]
             z, q = (None if x is None else ops._maps(ops._dense(x)) for x in (call["z"], call["q"]))
             given = [ops._maps(x) if x.numel() else None for x in out]
             sizes = (*call["kernel_size"], *call["stride"], *call["padding"])
             names = ("step", "seed", "point", "std", "kind", "rows", "antithetic", "offset")
             key = [call[k] for k in names]
-            _C.pointwise(z, q, call["bias"], *given, call["activation"], call["pool"], call["pool_first"], sizes, *key, t, simd)
+            _C.pointwise(
+                z, q, call["scale"], call["bias"], *given, call["activation"], call["pool"], call["pool_first"], sizes, *key, t, simd
+            )
             results.append(out)
     for i in range(0, len(results), 2):
         assert all(torch.equal(a, b) for a, b in zip(results[i], results[i + 1], strict=True)), "depends on the thread count"
@@ -155,7 +171,7 @@ def unpoolings(draw: Any) -> tuple[Tensor, Tensor, list[int], tuple[list[int], l
     size = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
     kernel, stride, padding = window(draw, size)
     z = images(draw(st.integers(1, 3)), draw(st.integers(1, 40)), *size, seed=draw(st.integers(0, 99)))
-    h, _, _, winner = ops.perturbed_pointwise(
+    h, _, _, winner, *_ = ops.perturbed_pointwise(
         z, None, None, "identity", "max", True, kernel, stride, padding, STEP, 1, 0, 0, 0.1, "gaussian"
     )
     return torch.randn_like(h), winner, list(size), (kernel, stride, padding)
@@ -185,7 +201,7 @@ def test_unpool_is_the_gradient_of_pooling() -> None:
     torch.testing.assert_close(ops.unpool(delta, winner, [9, 8], [3, 3], [2, 2], [1, 1]), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_ops(pool: str, activation: str, backend: str) -> None:
@@ -194,8 +210,13 @@ def test_the_ops(pool: str, activation: str, backend: str) -> None:
     args = (z, z[:2], images(5), activation, pool, False, *window, STEP, 1, 2, 2, 0.1, "rademacher")
     torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend})
     if pool == "max":
-        h, _, _, winner = ops.perturbed_pointwise(*args)
+        h, _, _, winner, *_ = ops.perturbed_pointwise(*args)
         torch.library.opcheck(torch.ops.fbkernels.unpool.default, (h, winner, [8, 7], *window), {"backend": backend})
+    R = torch.ones(3, 4)
+    update = {"B": torch.zeros(ops.perturbed_pointwise(*args)[0][0].numel(), 4), "R": R, "Q": R, "w": R[:, 0]}
+    update |= {"learned_step": STEP, "predicts": True}
+    if pool == "max":
+        torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend, **update})
     args = (z[:, :, 0, 0], None, None, activation, "none", False, [1, 1], [1, 1], [0, 0], STEP, 1, 2, 0, 0.1, "gaussian")
     torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend})
 

@@ -1,0 +1,280 @@
+"""What follows a library's convolution in one launch: scale, bias, phi and pooling of both streams, the noise, the update of B."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fbkernels.kernels.activation import phi
+from fbkernels.kernels.feedback_update import Update, update_tile
+from fbkernels.kernels.noise import noise_tile, shared
+
+
+@triton.jit
+def pointwise_tile(
+    i_t,
+    z,  # [samples, height, width, channels]
+    q,  # [perturbed_rows, height, width, channels]
+    scale,  # [channels]
+    bias,  # [channels]
+    h,  # [samples, out_height, out_width, channels]
+    perturbed,  # [perturbed_rows, out_height, out_width, channels]
+    kept,  # like h
+    winner,  # like h
+    step,
+    seed,
+    point,
+    std,
+    offset,
+    samples,
+    rows,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    stride_y,
+    stride_x,
+    padding_y,
+    padding_x,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    POOL: tl.constexpr,
+    POOL_FIRST: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    SHARED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """BM positions by BN channels of one stream, behind the pooling."""
+    size = out_height * out_width
+    clean_tiles = tl.cdiv(samples * size, BM)
+    columns = tl.cdiv(channels, BN)
+    i_m, i_n = i_t // columns, i_t % columns
+    clean = i_m < clean_tiles
+    source, total = z, samples * size
+    if q is not None:
+        if not clean:
+            i_m -= clean_tiles
+            source = q
+            total = (2 * rows if ANTITHETIC else rows) * size
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    m_n = o_n < channels
+    mask = (o_m < total)[:, None] & m_n[None, :]
+    sample, position = o_m // size, o_m % size
+    top, left = position // out_width * stride_y - padding_y, position % out_width * stride_x - padding_x
+    p_z = source + (sample.to(tl.int64) * height * width * channels)[:, None] + o_n[None, :]  # [BM, BN]
+    if scale is not None:
+        b_scale = tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        b_bias = tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+
+    MONOTONE: tl.constexpr = ACTIVATION != "gelu"  # else the maximum of phi(z) need not be phi of the maximum of z
+    best = tl.full([BM, BN], 0.0 if POOL == "avg" else -float("inf"), tl.float32)
+    won = tl.zeros([BM, BN], tl.float32)
+    place = tl.full([BM, BN], -1, tl.int32)
+    for k in range(0, KH * KW):
+        y, x = top + k // KW, left + k % KW
+        inside = mask & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
+        b_z = tl.load(p_z + ((y * width + x) * channels)[:, None], mask=inside, other=0.0).to(tl.float32)
+        if scale is not None:
+            b_z *= b_scale
+        if bias is not None:
+            b_z += b_bias
+        value = b_z
+        if not POOL_FIRST and (POOL == "avg" or (POOL == "max" and not MONOTONE)):
+            value = phi(b_z, ACTIVATION)
+        if POOL == "avg":
+            best += tl.where(inside, value, 0.0)
+        else:
+            # the first place that is inside, later ones if they are larger; not-a-number wins as it does in torch
+            better = inside & ((place < 0) | (value > best) | (value != value))
+            best = tl.where(better, value, best)
+            won = tl.where(better, b_z, won)
+            place = tl.where(better, k, place)
+    if POOL == "avg":
+        won = best / (KH * KW)
+    if POOL != "avg" or POOL_FIRST:
+        activity = phi(won, ACTIVATION)
+    else:
+        activity = won
+
+    o_h = o_m.to(tl.int64)[:, None] * channels + o_n[None, :]
+    if clean:
+        tl.store(h + o_h, activity.to(h.dtype.element_ty), mask=mask)
+        if kept is not None:
+            tl.store(kept + o_h, won.to(kept.dtype.element_ty), mask=mask)
+        if winner is not None:
+            tl.store(winner + o_h, place.to(tl.uint8), mask=mask)
+    if perturbed is not None:
+        unit = (position * channels).to(tl.int64) + i_n * BN
+        if q is None:
+            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * channels, KIND, SHARED, BN)
+            mask &= (sample < rows)[:, None]
+            tl.store(perturbed + o_h, (activity + xi).to(h.dtype.element_ty), mask=mask)
+            if ANTITHETIC:
+                o_h += rows.to(tl.int64) * size * channels
+                tl.store(perturbed + o_h, (activity - xi).to(h.dtype.element_ty), mask=mask)
+        elif not clean:
+            sign = tl.full([BM], 1.0, tl.float32)
+            if ANTITHETIC:
+                sign = tl.where(sample < rows, 1.0, -1.0)
+                sample %= rows
+            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * channels, KIND, SHARED, BN)
+            tl.store(perturbed + o_h, (activity + sign[:, None] * xi).to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed", "point", "offset"])
+def perturbed_pointwise_kernel(
+    z,
+    q,
+    scale,
+    bias,
+    h,
+    perturbed,
+    kept,
+    winner,
+    step,
+    seed,
+    point,
+    std,
+    offset,
+    samples,
+    rows,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    stride_y,
+    stride_x,
+    padding_y,
+    padding_x,
+    update_tiles,
+    B,
+    new,
+    M,
+    G,
+    R,
+    Q,
+    w,
+    parts,
+    learned_step,
+    m,
+    learned_rows,
+    predicted_rows,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    POOL: tl.constexpr,
+    POOL_FIRST: tl.constexpr,
+    ANTITHETIC: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KIND: tl.constexpr,
+    SHARED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SHARED_B: tl.constexpr,
+    PRECISION_B: tl.constexpr,
+    BU: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    BL: tl.constexpr,
+):
+    i_t = tl.program_id(0)
+    # fmt: off
+    if B is not None:
+        if i_t < update_tiles:
+            update_tile(
+                i_t, B, new, M, G, R, Q, w, parts, learned_step, step, seed, point, std, out_height * out_width * channels, m, learned_rows,
+                predicted_rows, offset, KIND, SHARED_B, PRECISION_B, BU, BR, BC, BL,
+            )
+    if i_t >= update_tiles:
+        pointwise_tile(
+            i_t - update_tiles, z, q, scale, bias, h, perturbed, kept, winner, step, seed, point, std, offset, samples, rows, height, width,
+            channels, out_height, out_width, stride_y, stride_x, padding_y, padding_x, KH, KW, POOL, POOL_FIRST, ANTITHETIC, ACTIVATION,
+            KIND, SHARED, BM, BN,
+        )
+    # fmt: on
+
+
+def perturbed_pointwise(
+    z: Tensor,
+    q: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    step: Tensor,
+    seed: int,
+    point: int,
+    rows: int,
+    std: float,
+    kind: str,
+    antithetic: bool,
+    offset: int,
+    h: Tensor,
+    perturbed: Tensor | None,
+    kept: Tensor | None,
+    winner: Tensor | None,
+    update: Update,
+) -> None:
+    """Fill h, perturbed, kept and winner, channels-last maps or matrices."""
+    (height, width, channels), (out_height, out_width, _) = (
+        (1, 1, *t.shape[1:]) if t.ndim == 2 else (*t.shape[2:], t.shape[1]) for t in (z, h)
+    )
+    size = out_height * out_width
+    BN = min(128, max(16, triton.next_power_of_2(channels)))
+    BM = 4096 // BN  # 16 numbers a thread
+    streams = [len(z), 0 if q is None else len(q)]
+    if max(streams) * size >= 2**31:
+        raise ValueError(f"perturbed_pointwise takes fewer than 2^31 positions of a batch, got {max(streams) * size}")
+    tiles = sum(triton.cdiv(n * size, BM) for n in streams) * triton.cdiv(channels, BN)
+    perturbed_pointwise_kernel[(update.tiles + tiles,)](
+        **update.arguments,
+        z=z,
+        q=q,
+        scale=scale,
+        bias=bias,
+        h=h,
+        perturbed=perturbed,
+        kept=kept,
+        winner=winner,
+        step=step,
+        seed=seed,
+        point=point,
+        std=std,
+        offset=offset,
+        samples=len(z),
+        rows=rows,
+        height=height,
+        width=width,
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        stride_y=stride[0],
+        stride_x=stride[1],
+        padding_y=padding[0],
+        padding_x=padding[1],
+        update_tiles=update.tiles,
+        KH=kernel_size[0],
+        KW=kernel_size[1],
+        POOL=pool,
+        POOL_FIRST=pool_first,
+        ANTITHETIC=antithetic,
+        ACTIVATION=activation,
+        KIND=kind,
+        SHARED=shared(kind, BN, channels) if size > 1 else shared(kind, BN),
+        BM=BM,
+        BN=BN,
+        num_warps=8,
+    )
