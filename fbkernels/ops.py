@@ -622,7 +622,7 @@ def _fused(
     if weight.ndim != x.ndim or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups or weight.dtype != x.dtype:
         expected = f"{x.ndim} dimensions, {x.shape[1]} / {groups} input channels and dtype {x.dtype}"
         raise ValueError(f"weight must have {expected}, got shape {tuple(weight.shape)} and {weight.dtype}")
-    size = reference.conv_size(x.shape[2:], weight, stride, padding, dilation)
+    size = reference.conv_size(x.shape[2:], weight, stride, padding, dilation) if x.ndim == 4 else []
     if any(n < 1 for n in size):
         raise ValueError(f"weight must not be larger than the padded map, got shape {tuple(weight.shape)} for {tuple(x.shape)}")
     outputs = weight.shape[0]
