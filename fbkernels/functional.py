@@ -185,7 +185,7 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float 
     ``D = diag(beta^(N-1), ..., 1)``, then ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q``.
 
     Args:
-        R: regressors, [N, m].
+        R: regressors, [N, m], or [groups, N, m] with V [groups, m, m].
         w: ``dL / sigma^2``, [N].
         V: the statistics so far, float64 [m, m]; ``gamma I`` at the start.
         gamma: the ridge, > 0, in units of |r|^2.
@@ -195,6 +195,7 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float 
         The new V (float64), and Q, M, G in the dtype of R; the solve is in float64.
 
     Raises:
-        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had.
+        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had; V is not positive definite.
+            With backend "triton" no such V raises, because a look at it would synchronise: Q, M and G are NaN or infinite throughout.
     """
     return RidgeGain(*ops.ridge_gain(R, w, V, gamma, forgetting, backend=backend))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fbkernels import reference
-from fbkernels._check import integer, non_negative, one_of
+from fbkernels._check import in_interval, integer, non_negative, one_of, positive
 
 try:
     from fbkernels import _C
@@ -470,12 +470,28 @@ feedback_update = Op(
 )
 
 
+def check_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float) -> None:
+    if R.ndim not in (2, 3):
+        raise ValueError(f"R must be [samples, regressors] or [groups, samples, regressors], got shape {tuple(R.shape)}")
+    *groups, samples, m = R.shape
+    if w.shape != (samples,):
+        raise ValueError(f"w must have shape ({samples},), got {tuple(w.shape)}")
+    if V.dtype != torch.float64:
+        raise ValueError(f"V has the wrong dtype: expected torch.float64, got {V.dtype}")
+    if V.shape != (*groups, m, m):
+        raise ValueError(f"V must have shape {(*groups, m, m)}, got {tuple(V.shape)}")
+    positive("gamma", gamma)
+    in_interval("forgetting", forgetting, 0, 1, open_low=True)
+
+
 def _ridge_gain(
     R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = _backend(R, backend)
     # above, LAPACK is faster
-    if not _compiled(R, backend) or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
-        V, Q, M, G = reference.ridge_gain(R, w, V, gamma, forgetting)
+    if chosen != "cpp" or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
+        check_gain(R, w, V, gamma, forgetting)
+        V, Q, M, G = (_kernels() if chosen == "triton" else reference).ridge_gain(R, w, V, gamma, forgetting)
         return V, Q.contiguous(), M.contiguous(), G.contiguous()
     (n, m), new = R.shape, R.new_empty
     out = V.new_empty(m, m), new(n, m), new(m, m), new(n, m)
