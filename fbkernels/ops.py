@@ -508,3 +508,46 @@ ridge_gain = Op(
     _ridge_gain,
     _ridge_gain_fake,
 )
+
+
+def _perturbed_cross_entropy(
+    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, *, scale: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [samples, classes], got shape {tuple(logits.shape)}")
+    samples, K = logits.shape
+    if target.dtype != torch.int64 or target.shape != (samples,):
+        raise ValueError(f"target must be int64 of shape ({samples},), got {target.dtype} of shape {tuple(target.shape)}")
+    if perturbed is None and antithetic:
+        raise ValueError("perturbed must be given where antithetic is True, got None")
+    parts = 1 + antithetic
+    if perturbed is not None and (
+        perturbed.ndim != 2 or perturbed.shape[1] != K or len(perturbed) % parts or len(perturbed) > parts * samples
+    ):
+        rows = f"an even number up to {2 * samples}" if antithetic else f"up to {samples}"
+        raise ValueError(f"perturbed must be [rows, {K}], rows {rows}, got shape {tuple(perturbed.shape)}")
+    if scale is not None and scale.ndim:
+        raise ValueError(f"scale must be 0-dim, got shape {tuple(scale.shape)}")
+    if _backend(logits, backend) == "triton":
+        given = None if scale is None else scale.float()
+        return _kernels().perturbed_cross_entropy(logits, perturbed, target, antithetic, given)  # type: ignore[no-any-return]
+    *exact, ok = reference.perturbed_cross_entropy(logits, perturbed, target, antithetic, scale)
+    losses, e, dL, dy = (t.to(torch.promote_types(logits.dtype, torch.float32)) for t in exact)
+    return losses, e, dL, dy, ok
+
+
+def _perturbed_cross_entropy_fake(
+    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples, K = logits.shape
+    rows = samples if perturbed is None else perturbed.shape[0] // (1 + antithetic)
+    new = functools.partial(logits.new_empty, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return new(samples), new(samples, K), new(rows), new(rows, K), logits.new_empty(rows, dtype=torch.bool)
+
+
+perturbed_cross_entropy = Op(
+    "perturbed_cross_entropy(Tensor logits, Tensor? perturbed, Tensor target, bool antithetic, *, Tensor? scale=None, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    _perturbed_cross_entropy,
+    _perturbed_cross_entropy_fake,
+)
