@@ -175,23 +175,12 @@ class Feedback(LazyBuffers):
 
     # learning B
 
-    def measure(self, losses: Tensor, perturbed_losses: Tensor | None, e: Tensor) -> Measurement:
-        """What the step showed: the loss change of each perturbed sample and e = dL/dlogits; non-finite samples count as zero."""
+    def measure(self, e: Tensor, dL: Tensor, dy: Tensor, ok: Tensor) -> Measurement:
+        """What the step showed: the loss change of each perturbed sample and e = dL/dlogits; samples that are not ok count as zero."""
         assert self.logits is not None
-        dtype = torch.promote_types(self.logits.dtype, torch.float32)
-        n = self.perturbed_rows if perturbed_losses is not None else len(losses)
-        ok = torch.isfinite(losses[:n]) & torch.isfinite(e[:n]).all(1)
-        dL, dy = torch.zeros_like(losses[:n]), torch.zeros_like(e[:n])
-        if perturbed_losses is not None and self.perturbed is not None:
-            y = self.perturbed.detach().flatten(1).to(e.dtype)
-            if self.antithetic:
-                dL, dy = (perturbed_losses[:n] - perturbed_losses[n:]) / 2, (y[:n] - y[n:]) / 2
-            else:
-                dL, dy = perturbed_losses - losses[:n], y - self.logits.detach().flatten(1)[:n].to(e.dtype)
-            ok = ok & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+        dtype, n = torch.promote_types(self.logits.dtype, torch.float32), len(ok)
         self.skipped.add_((~ok).sum())
-        zero = torch.zeros((), dtype=e.dtype, device=e.device)
-        dL, e, dy = torch.where(ok, dL, zero), torch.where(ok[:, None], e[:n], zero), torch.where(ok[:, None], dy, zero)
+        e = torch.where(ok[:, None], e[:n], 0.0)
         prediction: Tensor | float = 0.0
         if self.predictions:
             prediction = torch.cat(self.predictions).sum(0) * ok[:, None]

@@ -185,7 +185,7 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float 
     ``D = diag(beta^(N-1), ..., 1)``, then ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q``.
 
     Args:
-        R: regressors, [N, m].
+        R: regressors, [N, m], or [groups, N, m] with V [groups, m, m].
         w: ``dL / sigma^2``, [N].
         V: the statistics so far, float64 [m, m]; ``gamma I`` at the start.
         gamma: the ridge, > 0, in units of |r|^2.
@@ -195,6 +195,50 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float 
         The new V (float64), and Q, M, G in the dtype of R; the solve is in float64.
 
     Raises:
-        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had.
+        ValueError: naming the argument and what was expected. RuntimeError: the backend cannot be had; V is not positive definite.
+            With backend "triton" no such V raises, because a look at it would synchronise: Q, M and G are NaN or infinite throughout.
     """
     return RidgeGain(*ops.ridge_gain(R, w, V, gamma, forgetting, backend=backend))
+
+
+class PerturbedCrossEntropy(NamedTuple):
+    """What :func:`perturbed_cross_entropy` returns."""
+
+    losses: Tensor
+    e: Tensor
+    dL: Tensor
+    dy: Tensor
+    ok: Tensor
+
+
+def perturbed_cross_entropy(
+    logits: Tensor,
+    perturbed: Tensor | None,
+    target: Tensor,
+    antithetic: bool = False,
+    *,
+    scale: Tensor | None = None,
+    backend: str = "auto",
+) -> PerturbedCrossEntropy:
+    """Per-sample cross-entropies, ``e = softmax(y) - onehot``, and what a perturbation of the logits did to loss and output (SPEC 2).
+
+    ``dL = L(y~) - L(y)``, antithetic ``(L(y+) - L(y-)) / 2``; ``dy`` the same of the logits. Backend "triton" does it in one launch in
+    float32, with ``d = y~ - y``, ``s = softmax(y)`` and target t as ``dL = log1p(sum_k s_k expm1(d_k - d_t))``, which keeps its digits
+    where the two losses agree in theirs; the others in float64 from the definition.
+
+    Args:
+        logits: y, [N, K].
+        perturbed: y~ of the first samples, [rows, K], or +xi then -xi, [2 rows, K]; None: none, rows = N and dL = dy = 0.
+        target: class indices, int64 [N]; -100 is ignored: loss, e and dL are 0.
+        antithetic: whether ``perturbed`` holds both signs.
+        scale: 0-dim, of losses, e and dL: what makes a mean of them the mean over the targets that count.
+
+    Returns:
+        losses [N], e [N, K], dL [rows], dy [rows, K] in float32 (float64 of float64), and ok [rows], bool: whether all of the sample is
+        finite. Where not, dL and dy are 0.
+
+    Raises:
+        ValueError: naming the argument and what was expected. IndexError: a target is no class; with backend "triton", where a look
+            would synchronise, its loss and e are NaN instead. RuntimeError: the backend cannot be had.
+    """
+    return PerturbedCrossEntropy(*ops.perturbed_cross_entropy(logits, perturbed, target, antithetic, scale=scale, backend=backend))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbkernels import ops
 from fbkernels.autograd import Deliver
 from fbkernels.feedback import Feedback
 
@@ -35,7 +36,8 @@ def owner_of(net: nn.Module) -> Feedback:
 class PerSample:
     """Per-sample losses of a criterion in float64, so that L~ - L of two nearly equal losses keeps its digits (SPEC 2).
 
-    ``reduction``: how the criterion itself sums them up, "mean", "sum" or "none".
+    ``reduction``: how the criterion itself sums them up, "mean", "sum" or "none". ``cross_entropy``: whether it is nn.CrossEntropyLoss or
+    its function, with nothing but a reduction set.
     """
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
@@ -57,9 +59,15 @@ class PerSample:
                 self.reduction = keywords.get("reduction", inspect.signature(criterion).parameters["reduction"].default)
                 keywords = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
                 self.exact = functools.partial(criterion, **{**keywords, "reduction": "none"})
+        e: Any = self.exact
+        self.cross_entropy = False
+        if type(e) is nn.CrossEntropyLoss:
+            self.cross_entropy = (e.weight, e.label_smoothing, e.ignore_index) == (None, 0.0, -100)
+        elif isinstance(e, functools.partial):
+            self.cross_entropy = e.func is nn.functional.cross_entropy and not e.args and e.keywords.keys() == {"reduction"}
 
-    def __call__(self, logits: Tensor, target: Any) -> Tensor:
-        """[N] losses, such that their mean, or sum, is the criterion's value."""
+    def __call__(self, logits: Tensor, target: Any, whole: Any = None) -> Tensor:
+        """[N] losses, such that their mean, or sum, is the criterion's value; ``whole``: the target of the batch that these rows are of."""
         target = target.to(logits.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
         losses = self._losses(logits, target)
         if losses.ndim == 0 or len(losses) != len(logits):
@@ -72,7 +80,8 @@ class PerSample:
                 f"criterion with reduction='none' must return shape ({len(logits)},), got {tuple(losses.shape)}: use 'mean' or 'sum'"
             )
         per = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
-        return per * (len(per) / self._count(logits, target, losses)) if self.reduction == "mean" else per
+        scale = self.scale(logits, target if whole is None else whole, losses)
+        return per if scale is None else per * scale
 
     def _losses(self, logits: Tensor, target: Any) -> Tensor:
         if isinstance(self.criterion, nn.Module):
@@ -83,15 +92,20 @@ class PerSample:
             single = target.float() if isinstance(target, Tensor) and target.is_floating_point() else target
             return self.exact(logits.float(), single).to(logits.dtype)
 
-    def _count(self, logits: Tensor, target: Tensor, losses: Tensor) -> Any:
-        # what reduction="mean" divides by: class weights and ignored targets count
+    def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
+        """What makes a mean of per-sample losses the criterion's, in which class weights and ignored targets count; None for 1."""
+        if self.reduction != "mean":
+            return None
         weight, ignored = getattr(self.exact, "weight", None), getattr(self.exact, "ignore_index", None)
         if isinstance(self.exact, functools.partial):
             weight, ignored = self.exact.keywords.get("weight"), self.exact.keywords.get("ignore_index", -100)
         if target.is_floating_point() or ignored is None:
-            return losses.numel()
+            return len(losses) / losses.numel()
         valid = target != ignored
-        return valid.sum().to(logits.dtype) if weight is None else weight.to(logits.dtype)[torch.where(valid, target, 0)].mul(valid).sum()
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        if weight is None:
+            return len(target) / valid.sum().to(dtype)
+        return len(target) / weight.to(dtype)[torch.where(valid, target, 0)].mul(valid).sum()
 
     def reduce(self, losses: Tensor) -> Tensor:
         if self.reduction == "batchmean":
@@ -136,15 +150,12 @@ class PerturbedLoss(nn.Module):
             return self.criterion(logits, target)
         if net.logits is None or logits is not net.logits:
             raise ValueError("PerturbedLoss must be called once, with the output of the network's last training forward")
-        losses, e = error(self.per_sample, logits.detach().double(), target)
+        losses, e, *change = signals(net, self.per_sample, logits.detach(), target)
         with torch.no_grad():
-            perturbed = None
-            if net.perturbing and net.perturbed is not None:
-                targets = net.rows(target) if isinstance(target, Tensor) else target
-                perturbed = self.per_sample(net.perturbed.double(), targets)
-            m = net.measure(losses, perturbed, e)
+            m = net.measure(e, *change)
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        learns = net.rule.adapts and net.learning and (perturbed is not None or not net.rule.perturbs)
+        perturbed = net.perturbing and net.perturbed is not None
+        learns = net.rule.adapts and net.learning and (perturbed or not net.rule.perturbs)
         out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor, learns)
         net.activities, net.blocks, net.logits = {}, {}, None
         with torch.no_grad():
@@ -157,6 +168,38 @@ class PerturbedLoss(nn.Module):
             net.advance()
         net.warn()
         return self.per_sample.reduce(out)
+
+
+def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tuple[Tensor, ...]:
+    """Losses [N] and e [N, K]; of the perturbed samples dL, dy = y~ - y, and ok: whether all four are finite; where not, dL = dy = 0."""
+    moved = net.perturbed.detach() if net.perturbing and net.perturbed is not None else None
+    if (
+        per_sample.cross_entropy
+        and isinstance(target, Tensor)
+        and target.dtype == torch.int64
+        and y.ndim == 2
+        and y.dtype != torch.float64
+        and not torch.compiler.is_compiling()
+        and ops._backend(y, net.backend) == "triton"
+    ):
+        antithetic = net.antithetic and moved is not None
+        return ops.perturbed_cross_entropy(  # type: ignore[no-any-return]
+            y, moved, target, antithetic, scale=per_sample.scale(y, target, y), backend="triton"
+        )
+    losses, e = error(per_sample, y.double(), target)
+    with torch.no_grad():
+        n = len(losses) if moved is None else net.perturbed_rows
+        dL, dy = torch.zeros_like(losses[:n]), torch.zeros_like(e[:n])
+        if moved is not None:
+            targets, whole = (net.rows(target), target) if isinstance(target, Tensor) else (target, None)
+            moved = moved.double()
+            L, p = per_sample(moved, targets, whole), moved.flatten(1)
+            if net.antithetic:
+                dL, dy = (L[:n] - L[n:]) / 2, (p[:n] - p[n:]) / 2
+            else:
+                dL, dy = L - losses[:n], p - y.flatten(1)[:n].double()
+        ok = torch.isfinite(losses[:n]) & torch.isfinite(e[:n]).all(1) & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+        return losses, e, torch.where(ok, dL, 0.0), torch.where(ok[:, None], dy, 0.0), ok
 
 
 def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fbkernels import reference
 from fbkernels.feedback import Feedback
-from fbkernels.loss import PerSample, PerturbedLoss, attach, error, owner_of, unwrap
+from fbkernels.loss import PerSample, PerturbedLoss, attach, error, owner_of, signals, unwrap
 
 
 def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, dict[str, float]]:
@@ -109,13 +109,12 @@ def _gradients(
     activities = dict(owner.activities)
     for h in activities.values():
         h.retain_grad()
-    losses, e = error(per_sample, logits.detach(), target)
     if exact:
+        _, e = error(per_sample, logits.detach(), target)
         per_sample(logits, target).sum().backward()
     else:
-        perturbed = None if owner.perturbed is None else per_sample(owner.perturbed, owner.rows(target))
-        m = owner.measure(losses, perturbed, e)
-        attach(owner, m, losses, e, logits).sum().backward()
+        losses, e, *change = signals(owner, per_sample, logits.detach(), target)
+        attach(owner, owner.measure(e, *change), losses, e, logits).sum().backward()
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}
     for name in activities:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fbkernels import reference
-from fbkernels._check import integer, non_negative, one_of
+from fbkernels._check import in_interval, integer, non_negative, one_of, positive
 
 try:
     from fbkernels import _C
@@ -850,12 +850,28 @@ feedback_update = Op(
 )
 
 
+def check_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float) -> None:
+    if R.ndim not in (2, 3):
+        raise ValueError(f"R must be [samples, regressors] or [groups, samples, regressors], got shape {tuple(R.shape)}")
+    *groups, samples, m = R.shape
+    if w.shape != (samples,):
+        raise ValueError(f"w must have shape ({samples},), got {tuple(w.shape)}")
+    if V.dtype != torch.float64:
+        raise ValueError(f"V has the wrong dtype: expected torch.float64, got {V.dtype}")
+    if V.shape != (*groups, m, m):
+        raise ValueError(f"V must have shape {(*groups, m, m)}, got {tuple(V.shape)}")
+    positive("gamma", gamma)
+    in_interval("forgetting", forgetting, 0, 1, open_low=True)
+
+
 def _ridge_gain(
     R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = _backend(R, backend)
     # above, LAPACK is faster
-    if not _compiled(R, backend) or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
-        V, Q, M, G = reference.ridge_gain(R, w, V, gamma, forgetting)
+    if chosen != "cpp" or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
+        check_gain(R, w, V, gamma, forgetting)
+        V, Q, M, G = (_kernels() if chosen == "triton" else reference).ridge_gain(R, w, V, gamma, forgetting)
         return V, Q.contiguous(), M.contiguous(), G.contiguous()
     (n, m), new = R.shape, R.new_empty
     out = V.new_empty(m, m), new(n, m), new(m, m), new(n, m)
@@ -871,4 +887,47 @@ ridge_gain = Op(
     'ridge_gain(Tensor R, Tensor w, Tensor V, float gamma, float forgetting, *, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)',
     _ridge_gain,
     _ridge_gain_fake,
+)
+
+
+def _perturbed_cross_entropy(
+    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, *, scale: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be [samples, classes], got shape {tuple(logits.shape)}")
+    samples, K = logits.shape
+    if target.dtype != torch.int64 or target.shape != (samples,):
+        raise ValueError(f"target must be int64 of shape ({samples},), got {target.dtype} of shape {tuple(target.shape)}")
+    if perturbed is None and antithetic:
+        raise ValueError("perturbed must be given where antithetic is True, got None")
+    parts = 1 + antithetic
+    if perturbed is not None and (
+        perturbed.ndim != 2 or perturbed.shape[1] != K or len(perturbed) % parts or len(perturbed) > parts * samples
+    ):
+        rows = f"an even number up to {2 * samples}" if antithetic else f"up to {samples}"
+        raise ValueError(f"perturbed must be [rows, {K}], rows {rows}, got shape {tuple(perturbed.shape)}")
+    if scale is not None and scale.ndim:
+        raise ValueError(f"scale must be 0-dim, got shape {tuple(scale.shape)}")
+    if _backend(logits, backend) == "triton":
+        given = None if scale is None else scale.float()
+        return _kernels().perturbed_cross_entropy(logits, perturbed, target, antithetic, given)  # type: ignore[no-any-return]
+    *exact, ok = reference.perturbed_cross_entropy(logits, perturbed, target, antithetic, scale)
+    losses, e, dL, dy = (t.to(torch.promote_types(logits.dtype, torch.float32)) for t in exact)
+    return losses, e, dL, dy, ok
+
+
+def _perturbed_cross_entropy_fake(
+    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    samples, K = logits.shape
+    rows = samples if perturbed is None else perturbed.shape[0] // (1 + antithetic)
+    new = functools.partial(logits.new_empty, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return new(samples), new(samples, K), new(rows), new(rows, K), logits.new_empty(rows, dtype=torch.bool)
+
+
+perturbed_cross_entropy = Op(
+    "perturbed_cross_entropy(Tensor logits, Tensor? perturbed, Tensor target, bool antithetic, *, Tensor? scale=None, "
+    'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    _perturbed_cross_entropy,
+    _perturbed_cross_entropy_fake,
 )

@@ -223,6 +223,33 @@ def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float)
     return V, Q.to(R.dtype), (exact.mT @ Q).to(R.dtype), (w.double()[:, None] * Q).to(R.dtype)
 
 
+def perturbed_cross_entropy(
+    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropies of class indices, and what a perturbation of the logits did (SPEC 2), in float64.
+
+    losses [N] and e = dL/dlogits [N, K]; dL = L~ - L, dy = y~ - y [rows, K] and whether all four of the sample are finite, ok [rows];
+    where not, dL and dy are 0. ``perturbed``: of the first samples, [rows, K], or [2 rows, K], +xi then -xi, for half the differences of
+    the two; None: none, rows = N and dL = dy = 0. ``scale``: of losses, e and dL. The target -100 is ignored: L = L~ = 0.
+    """
+    y = logits.double()
+    factor = torch.ones_like(y[:, 0]) if scale is None else scale.double().expand(len(y))
+    kept = (target != -100).to(y.dtype)
+    losses = factor * F.cross_entropy(y, target, reduction="none")
+    e = y.softmax(1)
+    e = (factor * kept)[:, None] * (e - F.one_hot(target.clamp_min(0), y.shape[1]))
+    rows = len(y) if perturbed is None else len(perturbed) // (1 + antithetic)
+    dL, dy = torch.zeros_like(losses[:rows]), torch.zeros_like(y[:rows])
+    if perturbed is not None:
+        p, t = perturbed.double(), target[:rows]
+        moved = torch.cat([factor[:rows] * F.cross_entropy(part, t, reduction="none") for part in p.split(rows)] if rows else [dL, dL])
+        dL, dy = moved[:rows] - losses[:rows], p[:rows] - y[:rows]
+        if antithetic:
+            dL, dy = (moved[:rows] - moved[rows:]) / 2, (p[:rows] - p[rows:]) / 2
+    ok = torch.isfinite(losses[:rows]) & torch.isfinite(e[:rows]).all(1) & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+    return losses, e, torch.where(ok, dL, 0.0), torch.where(ok[:, None], dy, 0.0), ok
+
+
 def pair(v: Any) -> tuple[Any, Any]:
     """A size of two dimensions, given as torch takes it: one number or two."""
     return (v, v) if isinstance(v, int) else (v[0], v[-1])

@@ -32,12 +32,28 @@ def noise(kind: str, samples: int, units: int, offset: int = 0) -> None:
     kernels.noise(torch.empty(samples, units), STEP, 2**63 - 1, 2, 0.1, kind, offset)
 
 
+def cross_entropy(K: int, dtype: torch.dtype, rows: int, antithetic: bool = False) -> None:
+    y, perturbed = torch.empty(64, K, dtype=dtype), torch.empty(rows * (1 + antithetic), K, dtype=dtype)
+    kernels.perturbed_cross_entropy(y, perturbed if rows else None, torch.empty(64, dtype=torch.int64), antithetic, torch.ones(()))
+
+
+def ridge_gain(m: int) -> None:
+    kernels.ridge_gain(torch.empty(64, m), torch.empty(64), torch.empty(m, m, dtype=torch.float64), 0.1, 0.99)
+
+
 # name: a call of a launcher on the CPU, whose launches are compiled and not run
 LAUNCHES = {
     f"noise {kind}, {samples} x {units}, offset {offset}": partial(noise, kind, samples, units, offset)
     for kind in KINDS
     for samples, units, offset in ((64, 1024, 0), (33, 1027, 2**33))
 }
+LAUNCHES |= {
+    f"cross-entropy of {K} classes, {dtype}, {rows} rows, antithetic {antithetic}": partial(cross_entropy, K, dtype, rows, antithetic)
+    for K in (1, 10, 100, 1000)
+    for dtype in (torch.float32, torch.bfloat16)
+    for rows, antithetic in ((0, False), (64, False), (31, True))
+}
+LAUNCHES |= {f"ridge gains of {m} regressors": partial(ridge_gain, m) for m in (1, 10, 20, 50, 100, 128, 300)}
 
 
 @triton.jit

@@ -139,3 +139,21 @@ def test_a_bf16_autocast_step_runs_in_channels_last() -> None:
         loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert all(point.B is not None and point.B.dtype == torch.float32 and point.B.any() for point in fb.points(net).values())
+
+
+@pytest.mark.parametrize("m", [10, 300])
+def test_a_captured_graph_keeps_the_statistics(m: int) -> None:
+    torch.manual_seed(0)
+    R, w, V = torch.randn(64, m, device="cuda"), torch.randn(64, device="cuda"), 0.1 * torch.eye(m, dtype=torch.float64, device="cuda")
+    expected = V.clone()
+    ops.ridge_gain(R, w, V, 0.1, 0.99, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        new, Q, M, G = ops.ridge_gain(R, w, V, 0.1, 0.99, backend="triton")
+        V.copy_(new)
+    for _ in range(3):
+        R.normal_()
+        graph.replay()
+        want = ops.ridge_gain(R, w, expected, 0.1, 0.99, backend="triton")
+        expected = want[0]
+        assert all(torch.equal(a, b) for a, b in zip((V, Q, M, G), want, strict=True))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fbkernels as fb
+from fbkernels.feedback import Feedback
 
 K = 5
 
@@ -609,3 +610,16 @@ def test_any_batch_size_and_part(n: int, seed: int, fraction: float, antithetic:
     loss = step(net, x, y)
     torch.testing.assert_close(loss, F.cross_entropy(net.eval()(x), y).detach(), rtol=8 * 2.0**-23, atol=1e-7)
     assert all(p.B.isfinite().all() and p.B.any() for p in fb.points(net).values())
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(W)], ids=["ignored", "weights"])
+def test_both_streams_have_one_scale(criterion: nn.Module) -> None:
+    """A mean over the targets that count is the same mean for the part of the batch that is perturbed: here by nothing."""
+    net = fb.convert(mlp().double(), rule=fb.Ridge(), noise_std=1e-3, fraction=0.5)
+    target = torch.where(torch.arange(8) < 3, -100, Y)
+    logits = net(X.double())
+    net.feedback.perturbed = logits.detach()[:4]
+    loss_change = []
+    net.feedback.measure = lambda e, dL, *rest: loss_change.append(dL) or Feedback.measure(net.feedback, e, dL, *rest)
+    fb.PerturbedLoss(criterion, net)(logits, target)
+    assert not loss_change[0].any()
