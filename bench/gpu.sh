@@ -16,7 +16,7 @@ part() {  # part NAME SECONDS COMMAND...: one log a part; what fails is remember
   local name=$1 limit=$2 rc=0
   shift 2
   echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || rc=$?
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || rc=$?  # a benchmark writes what it has
   tail -n 3 "$out/$name.log"
   [ $rc -eq 0 ] || { echo "== $name FAILED with status $rc"; status=1; }
   return $rc
@@ -25,32 +25,43 @@ part() {  # part NAME SECONDS COMMAND...: one log a part; what fails is remember
 pip="python3 -m pip --disable-pip-version-check"
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-export PYTHONPATH=$site PATH=$site/bin:$PATH PYTHONUNBUFFERED=1
+export PYTHONPATH=$site PATH=$site/bin:$PATH PYTHONUNBUFFERED=1 FBK_TUNING=$out/tuning.json
+pytest="python3 -P -m pytest -p no:cacheprovider"
 
-part machine 10 nvidia-smi
+part machine 5 nvidia-smi
 gpu=$?
-part install 120 $pip install . --no-index --find-links .whl --no-deps --target "$site" || exit 1
+part install 100 $pip install . --no-index --find-links .whl --no-deps --target "$site" || exit 1
 # what is missing of the test tools; the machine's own versions come first
 for package in pytest iniconfig pluggy packaging pygments hypothesis sortedcontainers pytest-benchmark py-cpuinfo2 pytest-xdist execnet; do
   $pip show --quiet "$package" >/dev/null 2>&1 || $pip install --quiet --no-index --find-links .whl --no-deps --target "$site" "$package" >/dev/null 2>&1
 done
-part versions 30 python3 -P -c '
+part versions 15 python3 -P -c '
 import platform, torch, fbkernels
 print(platform.python_version(), torch.__version__, torch.version.cuda)
 print(fbkernels.build_info())
 print(fbkernels.backends())'
 if python3 -P -c 'import pytest' 2>/dev/null; then
-  [ $gpu -ne 0 ] || part test_gpu 90 python3 -P -m pytest -p no:cacheprovider -rs tests/test_gpu.py
+  [ $gpu -ne 0 ] || part test_gpu 60 $pytest -rs tests/test_gpu.py
   if python3 -P -c 'import hypothesis' 2>/dev/null; then
-    part tests 230 python3 -P -m pytest -n 8 -p no:cacheprovider --ignore=tests/test_gpu.py
+    # Triton's kernels are compiled for this GPU, and for the others by test_aot.py
+    part tests 150 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py
   else
     echo "== tests: left out, no hypothesis"
   fi
   if python3 -P -c 'import pytest_benchmark' 2>/dev/null; then
-    # the others measure the CPU
-    part bench 40 python3 -P -m pytest -p no:cacheprovider bench/bench_noise.py -k cuda --benchmark-json="$out/bench.json"
+    # the other files measure the CPU; what is short and compiles little first
+    part bench_pieces 70 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
+    part bench_cnn 50 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
+    part bench_resnet18 45 $pytest bench/bench_triton.py -k "step and resnet18" --benchmark-json="$out/gpu_resnet18.json"
   else
     echo "== bench: left out, no pytest-benchmark"
+  fi
+  if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"); then
+    # without torch's allocator, which hides what is read behind a tensor
+    part sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
+      --error-exitcode 9 $pytest tests/test_gpu.py -k "in_bf16 or reference_on_the_device"
+  else
+    echo "== sanitizer: left out, no compute-sanitizer"
   fi
 else
   echo "== tests: left out, no pytest"

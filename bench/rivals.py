@@ -70,24 +70,34 @@ class LearnedFeedbackCNN:
     """A step of direct learned feedback on ``cnn()``, channels-last, cross-entropy, mean loss: ``rule`` "ridge" or "joint" (output).
 
     No autograd: weight gradients alone, B of all points one matrix [units, K], its products one GEMM each, noise drawn in one call into
-    one buffer; relu after pooling, in place; both streams of the fully connected layers in one GEMM.
+    one buffer; relu after pooling, in place; both streams of the fully connected layers in one GEMM. On the device of ``x``; ``dtype`` is
+    that of the activities and of W's products, as under autocast.
     """
 
-    def __init__(self, net: nn.Sequential, x: Tensor, y: Tensor, rule: str = "ridge", std: float = 0.05, lr: float = 1e-4) -> None:
+    def __init__(
+        self,
+        net: nn.Sequential,
+        x: Tensor,
+        y: Tensor,
+        rule: str = "ridge",
+        std: float = 0.05,
+        lr: float = 1e-4,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         layers = [m for m in net if isinstance(m, (nn.Conv2d, nn.Linear))]
         self.parameters = [p for m in layers for p in (m.weight, m.bias)]
-        self.W, self.b = [m.weight.detach() for m in layers], [m.bias.detach() for m in layers]
         self.optimizer = torch.optim.SGD(self.parameters, lr, fused=True)
-        self.x, self.y, self.rule, self.std = x.contiguous(memory_format=torch.channels_last), y, rule, std
-        self.n, self.k = len(x), len(self.b[-1])
+        self.x, self.y, self.rule, self.std = x.to(dtype).contiguous(memory_format=torch.channels_last), y, rule, std
+        self.n, self.k, self.dtype = len(x), len(self.parameters[-1]), dtype
         self.shapes = [(16, 16, 96), (8, 8, 128), (4, 4, 256), (2048,), (2048,)]
         self.sizes = [torch.Size(s).numel() for s in self.shapes]
-        self.xi = torch.empty(self.n, sum(self.sizes))
-        self.B = torch.zeros(sum(self.sizes), self.k)
-        self.spare = torch.empty_like(self.B)
-        self.V = 0.1 * torch.eye(self.k, dtype=torch.float64)
-        self.eye = torch.eye(self.k)
-        self.fc = [torch.empty(2 * self.n, 4096), torch.empty(2 * self.n, 2048), torch.empty(2 * self.n, 2048)]
+        with x.device:
+            self.xi = torch.empty(self.n, sum(self.sizes))
+            self.B = torch.zeros(sum(self.sizes), self.k)
+            self.spare = torch.empty_like(self.B)
+            self.V = 0.1 * torch.eye(self.k, dtype=torch.float64)
+            self.eye, self.rows = torch.eye(self.k), torch.arange(self.n)
+            self.fc = [torch.empty(2 * self.n, size, dtype=dtype) for size in (4096, 2048, 2048)]
 
     def draw(self) -> Tensor:
         """Noise of standard deviation 1, [N, units], units numbered channels-last."""
@@ -112,7 +122,11 @@ class LearnedFeedbackCNN:
     @torch.no_grad()
     def __call__(self) -> Tensor:
         n, std, y = self.n, self.std, self.y
-        xi = self.split(self.draw())
+        self.W, self.b = (
+            [p.detach().to(self.dtype) for p in self.parameters[::2]],
+            [p.detach().to(self.dtype) for p in self.parameters[1::2]],
+        )
+        xi = self.split(self.draw().to(self.dtype))
         below, p, saved = self.x, None, []
         for i in range(3):
             z = self.conv(i, below)
@@ -131,20 +145,21 @@ class LearnedFeedbackCNN:
         logp = logits.double().log_softmax(1)
         losses = F.nll_loss(logp, y.repeat(2), reduction="none")
         e64 = logp[:n].exp()
-        e64[torch.arange(n), y] -= 1
+        e64[self.rows, y] -= 1
         ce = (e64 / n).float()
 
-        g = self.split(ce @ self.B.t())
+        g = self.split((ce @ self.B.t()).to(self.dtype))
+        ce = ce.to(self.dtype)
         gradients = [t for s, gl in zip(saved, g[:3], strict=True) for t in self.conv_gradients(s[0], gl, *s[1:])]
         d4, d5 = aten.threshold_backward.default(g[3], h4[:n], 0), aten.threshold_backward.default(g[4], h5[:n], 0)
         for d, h in ((d4, f), (d5, h4), (ce, h5)):
             gradients += [d.t() @ h[:n], d.sum(0)]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.float()
         self.optimizer.step()
 
         if self.rule == "joint":
-            s = (logits[n:] - logits[:n]).addmm_(self.xi, self.B, alpha=-std)
+            s = (logits[n:].float() - logits[:n]).addmm_(self.xi, self.B, alpha=-std)
             self.B.addmm_(self.xi.t(), s, alpha=0.2 / (std * len(self.B)))
         else:
             self.V.addmm_(e64.t(), e64)
@@ -153,6 +168,33 @@ class LearnedFeedbackCNN:
             torch.mm(self.B, self.eye - (e64.t() @ Q).float(), out=self.spare)  # a GEMM cannot write what it reads
             self.B, self.spare = self.spare.addmm_(self.xi.t(), G), self.B
         return losses[:n].mean()
+
+
+# ResNet-18
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(h)) + self.shortcut(x))
+
+
+def resnet18(outputs: int = 100) -> nn.Sequential:
+    """He et al. 2016 with the stem that is usual for CIFAR: 3x3, no max-pooling."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    channels = 64
+    for width, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        layers += [Block(channels, width, stride), Block(width, width, 1)]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, outputs))
 
 
 # Multilayer perceptrons
@@ -361,3 +403,28 @@ class Pointwise:
             torch.mm(self.B, self.keep, out=self.spare)
             self.B, self.spare = self.spare.addmm_(xi.t(), self.G), self.B
         return h, where, p
+
+
+class Stacked:
+    """A layer, relu and noise on both streams: one product of a library for both, ``cat([x, p])``, or one for each; the rest compiled."""
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, x: Tensor, p: Tensor, std: float, cat: bool, compiler: str = "inductor") -> None:
+        self.layer, self.x, self.p, self.cat = layer, x, p, cat
+        bias = layer.bias.view(-1, *(1,) * (x.ndim - 2))
+
+        def epilogue(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+            return F.relu(z + bias), torch.add(F.relu(q + bias), torch.randn_like(q), alpha=std)
+
+        self.epilogue = torch.compile(epilogue, backend=compiler)
+
+    def product(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, layer.weight)
+        return F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+
+    @torch.no_grad()
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        streams = self.product(torch.cat((self.x, self.p))).chunk(2) if self.cat else (self.product(self.x), self.product(self.p))
+        h: tuple[Tensor, Tensor] = self.epilogue(*streams)
+        return h

@@ -28,11 +28,29 @@ def repeat(call: Callable[[], Any], calls: int) -> Callable[[], None]:
     return run
 
 
-def in_turns(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+@functools.cache
+def _cache_filler() -> torch.Tensor:
+    return torch.empty(2**28, dtype=torch.int8, device="cuda")
+
+
+def gpu_seconds(run: Callable[[], Any]) -> float:
+    """On the current stream, from a cold cache; what is queued while the cache is filled with something else need not be waited for."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _cache_filler().zero_()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, clock: Callable[[Callable[[], Any]], float] = seconds
+) -> dict[str, float]:
     """Median seconds of each, timed in turns, so that a change of clocks or a neighbour meets all of them."""
     for run in contenders.values():
         run(), run()
-    times = [[seconds(run) for run in contenders.values()] for _ in range(rounds)]
+    times = [[clock(run) for run in contenders.values()] for _ in range(rounds)]
     return {name: statistics.median(column) for name, column in zip(contenders, zip(*times, strict=True), strict=True)}
 
 
@@ -60,6 +78,17 @@ def roofline(threads: int) -> dict[str, float]:
     rates["copy_gb_s"] = rate(2 * 2**28, lambda: target.copy_(source))
     torch.set_num_threads(before)
     return rates
+
+
+def launches(run: Callable[[], Any]) -> list[str]:
+    """The kernels that a call launches on the GPU, after a first call that may compile them."""
+    run()
+    with torch.profiler.profile() as profile:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return [name for name in kernels if not name.startswith(("Memcpy", "Memset"))]
 
 
 @contextmanager

@@ -69,8 +69,15 @@ def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str,
     return fn.__name__, ASTSource(fn, signature, constants, attributes), given
 
 
+def dots(text: str) -> list[int]:
+    """The rows of each ``tl.dot`` that tensor cores can take: all but those of float32 in full precision."""
+    found = re.findall(r"tt\.dot [^:]*?(tf32\w*)? : tensor<(\d+)x\d+x(\w+)[,>]", text)
+    return [int(rows) for precision, rows, dtype in found if precision or dtype != "f32"]
+
+
 def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dict[str, Any]:
-    """Registers, spills, shared memory and instructions of one kernel on one architecture, and how many ``tl.dot`` want tensor cores."""
+    """Registers, spills, shared memory and instructions of one kernel on one architecture; how many ``tl.dot`` are for tensor cores, and
+    how many of those that could be wgmma, which takes 64 rows and four warps, are not."""
     start = time.perf_counter()
     binary = triton.compile(src, target=GPUTarget("cuda", sm, 32), options=options)
     seconds = time.perf_counter() - start
@@ -82,8 +89,6 @@ def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dic
     text = usage.stdout + usage.stderr
     opcodes = re.findall(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]+(?:\.\w+)*)\s", sass, re.M)
     count = lambda *names: sum(op.split(".")[0] in names for op in opcodes)  # noqa: E731
-    dots = re.findall(r"tt\.dot [^:]*?(tf32\w*)? : tensor<(\d+)x\d+x(\w+)>", binary.asm["ttir"])
-    rows = [int(rows) for precision, rows, dtype in dots if precision or dtype != "f32"]
     return {
         "kernel": name,
         "sm": sm,
@@ -94,8 +99,8 @@ def compiled(name: str, src: ASTSource, options: dict[str, Any], sm: int) -> dic
         "shared": binary.metadata.shared,
         "warps": binary.metadata.num_warps,
         "instructions": len(opcodes),
-        "dots": len(rows),
-        "dots_for_wgmma": sum(m >= 64 for m in rows) if binary.metadata.num_warps % 4 == 0 else 0,
+        "dots": len(dots(binary.asm["ttir"])),
+        "dots_past_wgmma": sum(rows >= 64 for rows in dots(binary.asm["ttgir"])) if binary.metadata.num_warps % 4 == 0 else 0,
         "wgmma": count("HGMMA"),
         "mma": count("HMMA", "HGMMA", "DMMA"),
         "seconds": round(seconds, 2),

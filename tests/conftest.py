@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
         raise RuntimeError("the interpreter of Triton 3.6 needs an older numpy: pip install 'numpy<2.4'")
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where Triton's kernels run: on a GPU, or in the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

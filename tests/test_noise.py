@@ -322,8 +322,7 @@ def test_the_compiled_part_takes_any_thread_count_and_place() -> None:
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 50), (9, 1027)])
 @pytest.mark.parametrize("offset", [0, 2**33 - 1])
-def test_triton_is_the_reference(kind: str, shape: tuple[int, int], offset: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_triton_is_the_reference(kind: str, shape: tuple[int, int], offset: int, device: str) -> None:
     step = torch.tensor(2**31 + 5, device=device)
     got = ops.noise(step, 2**63 + 11, 7, *shape, 0.3, kind, offset=offset, backend="triton")
     expected = reference.noise(2**63 + 11, step, 7, *shape, 0.3, kind, torch.float64, device, offset)
