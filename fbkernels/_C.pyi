@@ -18,7 +18,6 @@ def pointwise(
     z: Tensor,
     q: Tensor | None,
     scale: Tensor | None,
-    scale: Tensor | None,
     bias: Tensor | None,
     h: Tensor,
     p: Tensor | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,13 +58,143 @@ def noise(seed: int, step: int | Tensor, point: int, samples: int, units: int, s
     return ops.noise(step, seed, point, samples, units, std, kind)
 
 
-class Pointwise(NamedTuple):
-    """What :func:`perturbed_pointwise` returns."""
+class Update(NamedTuple):
+    """What a layer's launch does to B beside the layer (SPEC 5): ``B (I - M) + Xi^T G`` with the noise of an earlier ``step``, and the
+    joint rules' prediction ``Xi B`` for the step that begins.
+
+    Fields:
+        B: [units, m], float32.
+        M, G: as in :func:`feedback_update`; G None: B stays.
+        step: the step whose noise B learns from.
+        predict: whether the prediction is wanted.
+    """
+
+    B: Tensor
+    M: Tensor | tuple[Tensor, Tensor] | None = None
+    G: Tensor | None = None
+    step: int | Tensor | None = None
+    predict: bool = False
+
+    def arguments(self) -> dict[str, Tensor | bool | None]:
+        """As the operators take it."""
+        learned = None if self.step is None else _step(self.step).to(self.B.device)
+        gains = {"M": self.M, "G": self.G} if not isinstance(self.M, tuple) else {"R": self.M[0], "Q": self.M[1], "w": self.G}
+        return {"B": self.B, **gains, "learned_step": learned, "predicts": self.predict}
+
+
+class Perturbed(NamedTuple):
+    """A layer up to its feedback point.
+
+    Fields:
+        h: the activity.
+        p: the perturbed one, [rows, ...], with ``antithetic`` twice as many; empty without rows.
+        kept: z behind each h for gelu, whose derivative is not a function of h; else empty.
+        winner: uint8, the place ``kernel_width * y + x`` that each window of max-pooling took; else empty.
+        B: the new B; empty where none was learned.
+        prediction: Xi B, [rows, m]; empty where it was not wanted.
+    """
 
     h: Tensor
     p: Tensor
     kept: Tensor
     winner: Tensor
+    B: Tensor
+    prediction: Tensor
+
+
+def perturbed_linear(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    seed: int,
+    step: int | Tensor,
+    point: int,
+    std: float,
+    kind: str = "gaussian",
+    rows: int | None = None,
+    activation: str = "identity",
+    antithetic: bool = False,
+    update: Update | None = None,
+    backend: str = "auto",
+) -> Perturbed:
+    """A linear layer up to its feedback point, both streams, with B's pending update (SPEC 1, 5): ``h = phi(x W^T + b)``,
+    ``p' = phi(p W^T + b) + xi``. One launch on the triton backend. Without autograd.
+
+    Args:
+        x: [N, in], float32, bfloat16 or (triton) float16; any float type with backend "reference".
+        p: the perturbed input, [rows, in], with ``antithetic`` [2 rows, in]; None: still the same numbers.
+        weight: [out, in]; bias: [out].
+        seed, step, point, std, kind: of the noise, as in :func:`noise`.
+        rows: perturb the first so many samples; None: all.
+        activation: "identity", "relu", "tanh", "sigmoid" or "gelu".
+        antithetic: p' has +xi, then -xi.
+        update: B's update and prediction.
+
+    Returns:
+        :class:`Perturbed`; sums in float32 (float32 products in tf32 where ``torch.backends.cuda.matmul.allow_tf32``).
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
+    """
+    key, options = _call(x, seed, step, point, rows, std, kind, update)
+    h, perturbed, kept, B, parts = ops.perturbed_linear(
+        x, p, weight, bias, activation, *key, antithetic=antithetic, backend=backend, **options
+    )
+    return Perturbed(h, perturbed, kept, h.new_empty(0, dtype=torch.uint8), B, _sum(parts))
+
+
+def perturbed_conv2d(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    *,
+    seed: int,
+    step: int | Tensor,
+    point: int,
+    std: float,
+    kind: str = "gaussian",
+    rows: int | None = None,
+    activation: str = "identity",
+    pool: str = "none",
+    pool_first: bool = False,
+    kernel_size: tuple[int, int] = (1, 1),
+    pool_stride: tuple[int, int] = (1, 1),
+    pool_padding: tuple[int, int] = (0, 0),
+    antithetic: bool = False,
+    update: Update | None = None,
+    backend: str = "auto",
+) -> Perturbed:
+    """A convolution up to its feedback point, both streams, with B's pending update (SPEC 1, 5): ``h = pool(phi(conv(x) + b))``,
+    ``p' = pool(phi(conv(p) + b)) + xi``. Without autograd.
+
+    On the triton backend without pooling it is one launch, an implicit GEMM over channels-last maps, or the library's convolution and
+    one launch of :func:`perturbed_pointwise`, whichever was faster on this GPU for these shapes; with pooling always the latter.
+
+    Args:
+        x: [N, C, H, W]; p: the perturbed input, [rows, C, H, W], with ``antithetic`` [2 rows, ...]; None: still the same numbers.
+        weight: [out, C / groups, KH, KW]; bias: [out]; stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
+        pool, pool_first, kernel_size, pool_stride, pool_padding: as in :func:`perturbed_pointwise`.
+        The others: as in :func:`perturbed_linear`.
+
+    Returns:
+        :class:`Perturbed`, maps channels-last in memory; B's units are numbered channels-last.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
+    """
+    key, options = _call(x, seed, step, point, rows, std, kind, update)
+    layer, window = (stride, padding, dilation, groups), (pool, pool_first, kernel_size, pool_stride, pool_padding)
+    h, perturbed, kept, winner, B, parts = ops.perturbed_conv2d(
+        x, p, weight, bias, *layer, activation, *window, *key, antithetic=antithetic, backend=backend, **options
+    )
+    return Perturbed(h, perturbed, kept, winner, B, _sum(parts))
 
 
 def perturbed_pointwise(
@@ -77,6 +207,7 @@ def perturbed_pointwise(
     std: float,
     kind: str = "gaussian",
     rows: int | None = None,
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     activation: str = "identity",
     pool: str = "none",
@@ -85,56 +216,86 @@ def perturbed_pointwise(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     antithetic: bool = False,
+    update: Update | None = None,
     backend: str = "auto",
-) -> Pointwise:
-    """What follows a layer's convolution or matrix product, for both streams in one pass (SPEC 1):
-    ``h = pool(phi(z + b))``, ``p = pool(phi(q + b)) + xi``.
+) -> Perturbed:
+    """What follows a layer's convolution or matrix product, for both streams in one pass (SPEC 1), with B's pending update (SPEC 5):
+    ``h = pool(phi(s z + b))``, ``p = pool(phi(s q + b)) + xi``. Without autograd.
 
-    Without autograd. The error behind ``h`` goes back through :func:`feedback`, and ``torch.ops.fbkernels.unpool`` or
-    ``pooled_weight_gradient``.
+    The error behind ``h`` goes back through :func:`feedback`, and ``torch.ops.fbkernels.unpool`` or ``pooled_weight_gradient``.
 
     Args:
-        z: the clean pre-activation, float32 or bfloat16 (any float type with backend "reference"), [N, C, H, W] or [N, units].
+        z: the clean pre-activation, float32, bfloat16 or (triton) float16; any float type with backend "reference": [N, C, H, W] or
+            [N, units].
         q: the perturbed one, [rows, ...], twice as many rows with ``antithetic``; None: still the same numbers.
         seed, step, point, std, kind: of the noise, as in :func:`noise`.
         rows: perturb the first so many samples; None: all.
-        bias: [C] or [units], added in float32.
+        scale, bias: [C] or [units], applied in float32: a bias, or a normalisation.
         activation: "identity", "relu", "tanh", "sigmoid" or "gelu".
         pool: "none", "max" or "avg" (padding counts); maps only.
         pool_first: pool before phi.
         kernel_size, stride, padding: of the pooling.
         antithetic: p has +xi, then -xi.
+        update: B's update and prediction.
 
     Returns:
-        h, p; ``kept``: z behind each h for gelu, whose derivative is not a function of h, else empty; ``winner``: uint8, the place
-        ``kernel_width * y + x`` that each window of max-pooling took, else empty. Maps are channels-last in memory.
+        :class:`Perturbed`; maps are channels-last in memory.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
     """
-    integer("seed", seed, 0, 2**64 - 1)
-    rows = len(z) if rows is None else rows
+    key, options = _call(z, seed, step, point, rows, std, kind, update)
     window = (pool, pool_first, kernel_size, stride, padding)
-    key = (_step(step), ops.int64(seed), point, rows, std, kind)
-    return Pointwise(*ops.perturbed_pointwise(z, q, bias, activation, *window, *key, antithetic=antithetic, backend=backend))
+    h, perturbed, kept, winner, B, parts = ops.perturbed_pointwise(
+        z, q, bias, activation, *window, *key, scale=scale, antithetic=antithetic, backend=backend, **options
+    )
+    return Perturbed(h, perturbed, kept, winner, B, _sum(parts))
 
 
-def feedback(e: Tensor, B: Tensor, kept: Tensor, activation: str = "identity", *, backend: str = "auto") -> Tensor:
-    """``delta = (e B^T) * phi'``: the error of a layer's units before their activation (SPEC 3, ``direct``).
+def _call(
+    x: Tensor, seed: int, step: int | Tensor, point: int, rows: int | None, std: float, kind: str, update: Update | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    integer("seed", seed, 0, 2**64 - 1)
+    key = (_step(step).to(x.device), ops.int64(seed), point, len(x) if rows is None else rows, std, kind)
+    return key, {} if update is None else update.arguments()
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts.sum(0) if parts.ndim == 3 else parts
+
+
+def feedback(
+    e: Tensor,
+    B: Tensor,
+    kept: Tensor,
+    activation: str = "identity",
+    *,
+    winner: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+    kernel_size: tuple[int, int] = (1, 1),
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    backend: str = "auto",
+) -> Tensor:
+    """``delta = (e B^T) * phi'``: the error of a layer's units before their activation (SPEC 3, ``direct``), and before a max-pooling.
 
     Args:
         e: the output's error, [N, outputs].
         B: [units, outputs]; a convolution's units are numbered channels-last.
         kept: what phi' is read from, h = phi(z), or z for gelu: [N, units] or [N, C, H, W] with C H W units.
         activation: as in :func:`perturbed_pointwise`.
+        winner, size, kernel_size, stride, padding: of a max-pooling, its winners and the map's size before it: the error goes to the
+            winners, a winner of two windows gets their sum. Without ``winner`` there is none.
 
     Returns:
-        delta in the shape and dtype of ``kept``; sums in float32.
+        delta in the shape, [N, C, *size] before a pooling, and dtype of ``kept``; sums in float32 (float32 products in tf32 where
+        ``torch.backends.cuda.matmul.allow_tf32``, and where delta has fewer digits anyway).
 
     Raises:
         ValueError: shapes, devices or an activation that do not fit. RuntimeError: the backend cannot be had.
     """
-    delta: Tensor = ops.feedback(e, B, kept, activation, backend=backend)
+    window = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    delta: Tensor = ops.feedback(e, B, kept, activation, winner=winner, size=size or (), **window, backend=backend)
     return delta
 
 

@@ -356,14 +356,16 @@ def _pointwise(
         plan = _plan(z, units, rows, kind, **update)
         _kernels().perturbed_pointwise(z, q, scale, bias, activation, *window, *key, antithetic, offset, h, *given, plan)
         return h, perturbed, kept, winner, plan.new, plan.parts
-    maps: list[Any] = [None if t is None else _maps(t) for t in given]
+    p, k, won = (None if t is None else _maps(t) for t in given)
     _C.pointwise(
         _maps(z),
         None if q is None else _maps(q),
         scale,
         bias,
         _maps(h),
-        *maps,
+        p,
+        k,
+        won,
         activation,
         pool,
         pool_first,

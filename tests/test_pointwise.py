@@ -17,7 +17,7 @@ from fbkernels import _C, ops, reference
 STEP = torch.tensor(5)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLS = ("none", "max", "avg")
-EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}  # half an ulp of 1
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}  # twice that is half an ulp of 1 and more
 
 
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> Tensor:
@@ -31,12 +31,12 @@ def window(draw: Any, size: tuple[int, int]) -> tuple[list[int], list[int], list
 
 
 @st.composite
-def calls(draw: Any) -> dict[str, Any]:
+def calls(draw: Any, low: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Arguments of perturbed_pointwise."""
     n, channels = draw(st.integers(1, 4)), draw(st.integers(1, 70))
     maps = draw(st.booleans())
     size = (draw(st.integers(1, 7)), draw(st.integers(1, 7))) if maps else ()
-    seed, dtype = draw(st.integers(0, 99)), draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    seed, dtype = draw(st.integers(0, 99)), draw(st.sampled_from([torch.float32, low]))
     rows, antithetic = draw(st.integers(0, n)), draw(st.booleans())
     z = images(n, channels, *size, seed=seed, dtype=dtype)
     if maps and draw(st.booleans()):
@@ -87,7 +87,7 @@ def test_both_streams_are_the_reference(call: dict[str, Any]) -> None:
     check(call, "cpp")
 
 
-@given(calls())
+@given(calls(low=torch.float16))  # the interpreter truncates to bfloat16
 @settings(max_examples=60, deadline=None)
 def test_both_streams_in_triton(call: dict[str, Any]) -> None:
     check(call, "triton")
@@ -139,6 +139,8 @@ def test_every_instruction_set_and_thread_count(call: dict[str, Any], threads: i
     for i in range(0, len(results), 2):
         assert all(torch.equal(a, b) for a, b in zip(results[i], results[i + 1], strict=True)), "depends on the thread count"
     for out in results[2::2]:
+        if call["pool"] == "max" and call["activation"] == "gelu":  # two z can have one gelu to rounding, and either may win
+            out[2], results[0][2] = F.gelu(out[2].double()), F.gelu(results[0][2].double())
         for a, b in zip(out[:3], results[0][:3], strict=True):
             torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance(call))
 
@@ -255,7 +257,24 @@ def test_functional() -> None:
     xi = fn.noise(**{k: key[k] for k in ("seed", "step", "point")}, samples=2, units=45, std=0.2)
     torch.testing.assert_close(out.h, act(z), rtol=0, atol=4 * 2.0**-23)
     torch.testing.assert_close(out.p, act(q) + reference.layout(xi, (2, 5, 3, 3)), rtol=0, atol=8 * 2.0**-23)
-    assert out.kept.numel() == 0
+    assert [t.numel() for t in (out.kept, out.B, out.prediction)] == [0, 0, 0]
+    B, G = images(45, 3), images(2, 3, seed=4)
+    updated = fn.perturbed_pointwise(
+        z,
+        q,
+        **key,
+        rows=2,
+        bias=bias,
+        activation="tanh",
+        pool="max",
+        kernel_size=(3, 3),
+        stride=(2, 2),
+        update=fn.Update(B, None, G, 8, True),
+    )
+    new = fn.feedback_update(B, None, G, **(key | {"step": 8}))
+    assert torch.equal(updated.p, out.p)
+    torch.testing.assert_close(updated.B, new)
+    torch.testing.assert_close(updated.prediction, xi @ new, rtol=0, atol=45**0.5 * 2.0**-22)
     with pytest.raises(ValueError, match="seed must be an integer"):
         fn.perturbed_pointwise(z, q, **(key | {"seed": -1}))
     with pytest.raises(RuntimeError, match=r"backend 'cuda' (is not compiled|is compiled in, but|cannot take tensors on cpu)"):
