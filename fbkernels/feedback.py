@@ -49,6 +49,8 @@ class Feedback(LazyBuffers):
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
         self.warned = False
         self.measured: list[Measurement] = []  # layerwise: steps whose backward pass has run
+        self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
+        self.scheduled: Measurement | None = None  # the last step that B was to learn from
         self.register_buffer("method", torch.tensor(list(self._method().encode()), dtype=torch.uint8))
         self._reset()
 
@@ -81,6 +83,8 @@ class Feedback(LazyBuffers):
             if torch.compiler.is_compiling():  # Transport's backward keeps the error for B, a side effect that Dynamo does not trace
                 raise RuntimeError("layerwise feedback cannot be compiled yet: compile with feedback='direct', or leave torch.compile out")
             self.flush()
+        if capturing(self.step):
+            self._capture()
         batch = next((x.shape[0] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim), None)
         if batch is None:
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
@@ -97,6 +101,17 @@ class Feedback(LazyBuffers):
         for point in self.points.values():
             point._weight = ()
         return tree_map_only(Tensor, lambda x: streams(self, x, None), (args, kwargs))
+
+    def _capture(self) -> None:
+        """A CUDA graph replays what this step does with the tensors that it finds now."""
+        if self.layerwise or self.rule.supervised or self.every > 1 or self.steps < self.warmup:
+            raise RuntimeError(
+                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up"
+            )
+        learns = type(self.rule).learn is Rule.learn and self.rule.adapts
+        if learns and any(point.pending is None for point in self.points.values()):
+            raise RuntimeError("take a training step right before the capture of one: it makes B, its statistics and its pending update")
+        self.static = True
 
     def end(self, root: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of the network: keeps the perturbed logits, hands out the clean ones."""
@@ -205,7 +220,18 @@ class Feedback(LazyBuffers):
         if self.layerwise:
             self.measured.append(m)
             return
+        known = dict(self._buffers)
         m.gains = self.rule.update(m, self._buffers)
+        if self.static and self.scheduled is not None:
+            for name in self.rule.statistics:
+                self._buffers[name] = known[name].copy_(self._buffers[name])
+            old, new = self.scheduled.handed_on, m.handed_on
+            if [t.shape for t in old] != [t.shape for t in new]:
+                raise RuntimeError(f"a network with a captured step takes batches of {self.scheduled.rows} samples, got {m.rows}")
+            for t, value in zip(old, new, strict=True):
+                t.copy_(value)
+            m = self.scheduled
+        self.scheduled = m
         for point in m.points:
             self.points[point].pending = m
 
@@ -217,6 +243,17 @@ class Feedback(LazyBuffers):
                 self._measure_layers(m)
             self._flush_points()
         self._flush_points()
+        self._spend()
+
+    def _spend(self) -> None:
+        """A graph's next replay learns once more from what was scheduled: let that be nothing."""
+        if not self.static or self.scheduled is None:
+            return
+        with torch.no_grad():
+            for t in self.scheduled.handed_on[1:]:
+                t.zero_()
+        for name in self.scheduled.points:
+            self.points[name].pending = self.scheduled
 
     def _flush_points(self) -> None:
         for point in self.points.values():
@@ -298,6 +335,7 @@ class Feedback(LazyBuffers):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.measured = []
+        self._spend()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "step" in state_dict:
             self.steps = int(state_dict[prefix + "step"])
@@ -312,9 +350,15 @@ class Feedback(LazyBuffers):
             "logits": None,
             "perturbed": None,
             "predictions": [],
+            "static": False,
+            "scheduled": None,
             "inputs": (),
         }
         return {**self.__dict__, **fresh}
+
+
+def capturing(step: Tensor) -> bool:
+    return step.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo enters the transforms while it traces, so the answer is known then

@@ -33,8 +33,9 @@ class LazyBuffers(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.names():
-            if prefix + name in state_dict:
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.home())
+            given = state_dict.get(prefix + name)
+            if given is not None and (name not in self._buffers or self._buffers[name].shape != given.shape):
+                self._buffers[name] = torch.empty_like(given, device=self.home())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -109,7 +110,14 @@ class FeedbackPoint(LazyBuffers):
             raise ValueError(f"B of point {self.name!r} must be on {old.device}, got {value.device}")
         if not value.isfinite().all():
             raise ValueError(f"B of point {self.name!r} must be finite, got {int((~value.isfinite()).sum())} entries that are not")
-        self._buffers["B"] = value.detach().to(old.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.store(value.detach().to(old.dtype, copy=True, memory_format=torch.contiguous_format))
+
+    def store(self, B: Tensor) -> None:
+        """The new B: another tensor, since a backward pass to come has saved the old, except where a CUDA graph knows the old."""
+        if self.net.static:
+            self._buffers["B"].copy_(B)
+        else:
+            self._buffers["B"] = B
 
     def forward(self, h: Tensor) -> Tensor:
         return self.perturb(h) if isinstance(h, Streams) and self._net else h
@@ -180,7 +188,8 @@ class FeedbackPoint(LazyBuffers):
         net.visit(self, h)
         self.shape = h.shape[1:]
         if new.numel():
-            self.pending, self._buffers["B"] = None, new
+            self.pending = None
+            self.store(new)
         if prediction.numel():
             net.predictions.append(prediction)
         unpools = epilogue.pool == "max" and chosen == "triton"
@@ -236,7 +245,7 @@ class FeedbackPoint(LazyBuffers):
         return B if connection.convolution else B.T
 
     def flush(self, predicted_rows: int = 0) -> Tensor | None:
-        """Apply the pending update of B (SPEC 5). The result is a new tensor: a backward pass that is still to come has saved the old.
+        """Apply the pending update of B (SPEC 5).
 
         With ``predicted_rows`` also the joint rules' prediction Xi B for the step that begins, if there is a B.
         """
@@ -261,11 +270,11 @@ class FeedbackPoint(LazyBuffers):
             given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)
             predicted = self.net.step if predicted_rows else None
             new, prediction = self._op(B, *given, m.step, predicted, predicted_rows)
-            self._buffers["B"] = new
+            self.store(new)
             return prediction if predicted_rows else None
         matrix = B if self.connection is None else self.connection.matrix(B)
         new = reference.feedback_update(matrix, self.regressand(m, matrix.dtype, target), M, G)
-        self._buffers["B"] = (new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous()
+        self.store((new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous())
         return None
 
     def _op(self, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -311,7 +320,8 @@ class FeedbackPoint(LazyBuffers):
         return self.net.step.device
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.pending = None
+        if not (self._net and self.net.static):
+            self.pending = None
         super()._load_from_state_dict(*args)
 
     def _save_to_state_dict(self, *args: Any) -> None:

@@ -38,6 +38,13 @@ class Measurement:
     gains: tuple[Gain, Tensor] | None = None
     targets: dict[str, Tensor] | None = None  # supervised rules: the true dL/dh_l of each point
 
+    @property
+    def handed_on(self) -> tuple[Tensor, ...]:
+        """What the next step reads: the step, and the gains."""
+        assert self.gains is not None
+        M, G = self.gains
+        return (self.step, *(M if isinstance(M, tuple) else () if M is None else (M,)), G)
+
     def at(self, regressor: Tensor) -> Measurement:
         """The same step with a layer's own regressors; every position of a sample is a sample of the regression."""
         positions = regressor.shape[-2] // self.rows
