@@ -59,7 +59,7 @@ if python3 -P -c 'import pytest' 2>/dev/null; then
   if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"); then
     # without torch's allocator, which hides what is read behind a tensor
     part sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
-      --error-exitcode 9 $pytest tests/test_gpu.py -k "in_bf16 or reference_on_the_device"
+      --error-exitcode 9 $pytest tests/test_gpu.py -k "in_bf16 or reference_on_the_device or as_exact or one_launch"
   else
     echo "== sanitizer: left out, no compute-sanitizer"
   fi

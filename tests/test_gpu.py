@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,102 @@ def test_a_captured_graph_keeps_the_statistics(m: int) -> None:
         want = ops.ridge_gain(R, w, expected, 0.1, 0.99, backend="triton")
         expected = want[0]
         assert all(torch.equal(a, b) for a, b in zip((V, Q, M, G), want, strict=True))
+
+
+def layer(what: str, low: torch.dtype, backend: str, dtype: torch.dtype, first: bool, kind: str = "gaussian") -> tuple[torch.Tensor, ...]:
+    """h, the perturbed activity, B and the prediction of a layer in ``dtype``, of numbers that ``low`` can hold."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator).cuda()  # noqa: E731
+    shape, weight = ((300,), (70, 300)) if what == "linear" else ((32, 8, 7), (40, 32, 3, 3))
+    x, p, W, b = (t.to(low).to(dtype) for t in (normal(65, *shape), normal(65, *shape), 0.1 * normal(*weight), normal(weight[0])))
+    units = 70 if what == "linear" else 40 * 8 * 7
+    B, R, Q, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (normal(units, 10), normal(65, 10), normal(65, 10), normal(65)))
+    step = torch.tensor(5, device="cuda")
+    options = {"B": B, "R": R, "Q": 0.1 * Q, "w": w, "learned_step": step, "predicts": True, "backend": backend}
+    q, key = None if first else p, (step + 1, 3, 1, 65, 0.3, kind)
+    if what == "linear":
+        h, perturbed, _, new, parts = ops.perturbed_linear(x, q, W, b, "tanh", *key, **options)
+    else:
+        how = ((1, 1), (1, 1), (1, 1), 1, "tanh", "none", False, (1, 1), (1, 1), (0, 0))
+        h, perturbed, _, _, new, parts = ops.perturbed_conv2d(x, q, W, b, *how, *key, **options)
+    return h, perturbed, new, parts.sum(0)
+
+
+@pytest.fixture
+def one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused launch, whatever is faster."""
+    monkeypatch.setattr("fbkernels.kernels.fastest", lambda name, key, candidates, run: candidates[0])
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("what", ["linear", "conv"])
+def test_layers_are_as_exact_as_those_of_torch(what: str, dtype: torch.dtype, first: bool, tf32: bool) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        for kind in KINDS:
+            exact = layer(what, dtype, "reference", torch.float64, first, kind)
+            theirs, ours = (layer(what, dtype, backend, dtype, first, kind) for backend in ("reference", "triton"))
+            for want, limit, got in zip(exact, theirs, ours, strict=True):
+                error, limit = ((t.double() - want).norm() for t in (got, limit))
+                # twice torch's own error; torch may be exact to rounding where tf32x3, 2^-21, is not
+                assert error <= 2 * limit + 2.0**-21 * want.norm()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("one_launch")
+@pytest.mark.parametrize("what", ["linear", "conv"])
+def test_a_layer_is_one_launch(what: str) -> None:
+    names = launches(lambda: layer(what, torch.bfloat16, "triton", torch.bfloat16, False))
+    assert names.count("perturbed_conv2d_kernel") == 1
+    assert sum("kernel" in name and "perturbed" in name for name in names) == 1, "the rest makes the numbers of the test"
+
+
+def network(rule: fb.Rule) -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(512, 40), nn.GELU())
+    model = nn.Sequential(*layers, nn.Linear(40, 10)).cuda().to(memory_format=torch.channels_last)
+    return fb.convert(model, rule=rule, noise_std=0.1)
+
+
+@pytest.mark.parametrize("rule", [fb.Ridge(), fb.Ridge(forgetting=0.99), fb.Joint(signal="output"), fb.Joint(), fb.LMS(1e-3)], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_captured_training_step_is_the_eager_one(rule: fb.Rule, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    x, y = torch.randn(8, 64, 3, 14, 14, device="cuda"), torch.randint(10, (8, 64), device="cuda")
+
+    def stepper(net: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        criterion, optimizer = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.optim.SGD(net.parameters(), 0.1)
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+                loss = criterion(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    eager, net = network(copy.deepcopy(rule)), network(copy.deepcopy(rule))
+    theirs, step = stepper(eager), stepper(net)
+    expected = [theirs(x[i], y[i]) for i in range(8)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        losses = [step(x[i], y[i]) for i in range(3)]
+    torch.cuda.current_stream().wait_stream(side)
+    static, graph = (x[3].clone(), y[3].clone()), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(*static)
+    for i in range(3, 8):
+        static[0].copy_(x[i]), static[1].copy_(y[i])
+        graph.replay()
+        losses.append(loss.clone())
+    assert torch.equal(torch.stack(losses), torch.stack(expected))
+    for key, want in eager.state_dict().items():
+        assert torch.equal(net.state_dict()[key], want), key

@@ -17,6 +17,7 @@ from fbkernels import _C, ops, reference
 STEP = torch.tensor(5)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 POOLS = ("none", "max", "avg")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the triton backend; its interpreter takes the CPU's tensors
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}  # twice that is half an ulp of 1 and more
 
 
@@ -94,7 +95,9 @@ def test_both_streams_in_triton(call: dict[str, Any]) -> None:
 
 
 def check(call: dict[str, Any], backend: str) -> None:
-    h, p, kept, winner = ops.perturbed_pointwise(**call, backend=backend)[:4]
+    device = DEVICE if backend == "triton" else "cpu"
+    given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
+    h, p, kept, winner = (t.cpu() for t in ops.perturbed_pointwise(**given, backend=backend)[:4])
     expected = ops.perturbed_pointwise(**{k: double(v) for k, v in call.items()}, backend="reference")[:4]
     atol = tolerance(call)
     if kept.numel() and call["pool"] == "max" and not call["pool_first"]:  # gelu is 0 to rounding in many places
@@ -207,19 +210,20 @@ def test_unpool_is_the_gradient_of_pooling() -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_ops(pool: str, activation: str, backend: str) -> None:
-    z = images(3, 5, 8, 7).to(memory_format=torch.channels_last)
+    device = DEVICE if backend == "triton" else "cpu"
+    z, bias, step = images(3, 5, 8, 7).to(device, memory_format=torch.channels_last), images(5).to(device), STEP.to(device)
     window = ([3, 2], [2, 2], [1, 0])
-    args = (z, z[:2], images(5), activation, pool, False, *window, STEP, 1, 2, 2, 0.1, "rademacher")
+    args = (z, z[:2], bias, activation, pool, False, *window, step, 1, 2, 2, 0.1, "rademacher")
     torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend})
     if pool == "max":
         h, _, _, winner, *_ = ops.perturbed_pointwise(*args)
         torch.library.opcheck(torch.ops.fbkernels.unpool.default, (h, winner, [8, 7], *window), {"backend": backend})
-    R = torch.ones(3, 4)
-    update = {"B": torch.zeros(ops.perturbed_pointwise(*args)[0][0].numel(), 4), "R": R, "Q": R, "w": R[:, 0]}
-    update |= {"learned_step": STEP, "predicts": True}
+    R = torch.ones(3, 4, device=device)
+    update = {"B": torch.zeros(ops.perturbed_pointwise(*args)[0][0].numel(), 4, device=device), "R": R, "Q": R, "w": R[:, 0]}
+    update |= {"learned_step": step, "predicts": True}
     if pool == "max":
         torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend, **update})
-    args = (z[:, :, 0, 0], None, None, activation, "none", False, [1, 1], [1, 1], [0, 0], STEP, 1, 2, 0, 0.1, "gaussian")
+    args = (z[:, :, 0, 0], None, None, activation, "none", False, [1, 1], [1, 1], [0, 0], step, 1, 2, 0, 0.1, "gaussian")
     torch.library.opcheck(torch.ops.fbkernels.perturbed_pointwise.default, args, {"backend": backend})
 
 
