@@ -193,8 +193,11 @@ def fuses(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
 
 
 def _compiled(t: Tensor, backend: str) -> bool:
-    """Whether the C++ kernels of this file take the tensor."""
-    return _backend(t, backend) == "cpp"
+    """Whether a C++ kernel takes the tensor, where Triton has none of its own."""
+    chosen = _backend(t, backend)
+    if chosen == "triton" and backend != "auto":
+        raise RuntimeError("backend 'triton' has no kernel for this alone: use backend='auto'; feedback(winner=...) unpools in its launch")
+    return chosen == "cpp"
 
 
 def _maps(t: Tensor) -> Tensor:
