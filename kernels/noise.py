@@ -108,8 +108,7 @@ def noise_kernel(
     BN: tl.constexpr,
     BU: tl.constexpr,
 ):
-    columns = tl.cdiv(units, BU)  # one dimension: the others of a grid end at 65,535
-    i_u, i_n = (tl.program_id(0) % columns).to(tl.int64), (tl.program_id(0) // columns).to(tl.int64)
+    i_n, i_u = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_n = i_n * BN + tl.arange(0, BN)
     o_u = i_u * BU + tl.arange(0, BU)
     first = tl.zeros_like(o_n) + i_u * BU
@@ -121,7 +120,7 @@ def noise(out: torch.Tensor, step: torch.Tensor, seed: int, point: int, std: flo
     """Fill ``out`` [samples, units] with the noise of the samples from ``offset`` on."""
     samples, units = out.shape
     BN, BU = 16, 128
-    grid = (triton.cdiv(units, BU) * triton.cdiv(samples, BN),)
+    grid = (triton.cdiv(samples, BN), triton.cdiv(units, BU))  # the second dimension of a grid ends at 65,535
     if out.numel():
         noise_kernel[grid](
             out, step, seed, point, std, samples, units, offset, KIND=kind, SHARED=shared(kind, BU), BN=BN, BU=BU, num_warps=4
