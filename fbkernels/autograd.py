@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fbkernels import ops, reference
 from fbkernels.reference import Connection, layout
+from fbkernels.streams import Norm
 
 
 class Deliver(torch.autograd.Function):
@@ -119,7 +120,11 @@ def sparse_gradient(layer: Connection, weight: Tensor) -> bool:
 
 
 class Block(torch.autograd.Function):
-    """A layer of ``direct`` feedback, or the tensor x where there is none, up to its point: activation, pooling, noise (SPEC 1).
+    """A layer of ``direct`` feedback, or the tensor x where there is none, up to its point: norm, activation, pooling, noise (SPEC 1).
+
+    ``norm``, a batch norm with weight ``gain`` and bias ``offset``, is ``scale z + shift`` of both streams, with ``scale = gain / std``
+    and ``shift = offset - mean scale`` of the clean one, in float32. That is torch's form on the CPU; beside ``(z - mean) scale`` it costs
+    an ulp of ``mean / std``, about what z itself is rounded to.
 
     The edge behind h belongs to ``Deliver`` alone, and carries the error before the activation, at the winners of a max-pooling.
     """
@@ -131,6 +136,9 @@ class Block(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         perturbed: Tensor | None,
+        gain: Tensor | None,
+        offset: Tensor | None,
+        norm: Norm | None,
         layer: Connection | None,
         epilogue: Epilogue,
         key: tuple[Any, ...],
@@ -139,12 +147,20 @@ class Block(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         e, z, q = epilogue, x, perturbed
         how = (e.activation, e.pool, e.pool_first, *e.window)
+        affine: tuple[Tensor | None, ...] = ()
         if layer is not None and weight is not None and layer.convolution:
             x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
-        if layer is None or weight is None or e.pool == "avg":  # the gradient of average-pooling needs z
+        if layer is None or weight is None or e.pool == "avg" or norm is not None:  # the gradients of average-pooling and norm need z
             if layer is not None and weight is not None:
                 z, q = layer.forward(x, weight, bias), None if q is None else layer.forward(q, weight, bias)
-            h, p, kept, winner, new, parts = ops.perturbed_pointwise(z, q, None, *how, *key, **options)
+            scale = shift = None
+            if norm is not None:
+                mean, var = norm.statistics(z)
+                rstd = (var + norm.eps).rsqrt()
+                scale = rstd if gain is None else gain * rstd
+                shift = -mean * scale if offset is None else offset - mean * scale
+                affine = (None if gain is None else gain.float(), mean, var, rstd, scale, shift)
+            h, p, kept, winner, new, parts = ops.perturbed_pointwise(z, q, shift, *how, *key, scale=scale, **options)
         elif layer.convolution:
             shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
             h, p, kept, winner, new, parts = ops.perturbed_conv2d(x, q, weight, bias, *shape, *how, *key, **options)
@@ -153,10 +169,12 @@ class Block(torch.autograd.Function):
             winner = h.new_empty(0)
         # no gradient crosses a point: of W its layout alone counts
         ctx.layer, ctx.epilogue, ctx.behind = layer, epilogue, behind
+        ctx.norm = None if norm is None else (norm.training, norm.eps)
         ctx.like = None if weight is None else torch.empty_like(weight, device="meta")
         behind.size = z.shape[2:] if layer is None or weight is None else layer.size_behind(weight)
         behind.window = e.window
-        ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, z if e.pool == "avg" else None)
+        kept_z = z if e.pool == "avg" or norm is not None else None
+        ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, kept_z, *affine)
         ctx.mark_non_differentiable(p, kept, winner, new, parts)
         ctx.set_materialize_grads(False)
         return h, p, kept, winner, new, parts
@@ -164,31 +182,43 @@ class Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, delta: Tensor | None, *_: Any) -> Any:
-        x, winner, z = ctx.saved_tensors
-        layer, epilogue = ctx.layer, ctx.epilogue
+        x, winner, z, *affine = ctx.saved_tensors
+        layer, epilogue, norm = ctx.layer, ctx.epilogue, ctx.norm
         if delta is None:
-            return (None,) * 9
+            return (None,) * 12
         if ctx.behind.delta is not None:
             delta, ctx.behind.delta = ctx.behind.delta, None
         elif epilogue.pool == "max":
-            if layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
+            if norm is None and layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
                 like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=x.dtype)
                 grads = ops.pooled_weight_gradient(
                     delta, winner, x, like, layer.stride, layer.padding, layer.dilation, *epilogue.window, backend="cpp"
                 )
                 needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)]
-                return None, *needed, *(None,) * 6
+                return None, *needed, *(None,) * 9
             delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="cpp")
         elif epilogue.pool == "avg":
             with torch.enable_grad():
-                z.requires_grad_()
-                (delta,) = torch.autograd.grad(epilogue.exact(z), z, delta)
+                y = z
+                if norm is not None:
+                    scale, shift = (t.view(-1, 1, 1) for t in affine[4:])
+                    y = torch.addcmul(shift, z, scale).to(z.dtype)
+                y.requires_grad_()
+                (delta,) = torch.autograd.grad(epilogue.exact(y), y, delta)
         if layer is None:
-            return delta, *(None,) * 8
-        like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=delta.dtype, device=delta.device)
-        grad_weight = layer.weight_gradient(delta, x, like) if ctx.needs_input_grad[1] else None
-        grad_bias = delta.sum([d for d in range(delta.ndim) if d != 1]) if ctx.needs_input_grad[2] else None
-        return None, grad_weight, grad_bias, *(None,) * 6
+            return delta, *(None,) * 11
+        grad_gain = grad_offset = grad_weight = grad_bias = None
+        _, need_weight, need_bias, _, need_gain, need_offset = ctx.needs_input_grad[:6]
+        if norm is not None:
+            gain, mean, var, rstd = affine[:4]
+            mask = [need_weight or need_bias, need_gain, need_offset]
+            delta, grad_gain, grad_offset = torch.ops.aten.native_batch_norm_backward(delta, z, gain, mean, var, mean, rstd, *norm, mask)
+        if need_weight:
+            like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=delta.dtype, device=delta.device)
+            grad_weight = layer.weight_gradient(delta, x, like)
+        if need_bias:
+            grad_bias = delta.sum([d for d in range(delta.ndim) if d != 1])
+        return None, grad_weight, grad_bias, None, grad_gain, grad_offset, *(None,) * 6
 
 
 class Transport(torch.autograd.Function):

@@ -158,13 +158,13 @@ class FeedbackPoint(LazyBuffers):
         return streams(net, net.cut(h), perturbed, source=(self, ()))
 
     def block(self, deferred: Deferred, predicts: bool) -> tuple[Tensor, Tensor | None] | None:
-        """The layer, its activation and pooling, the noise, and B's pending update in one pass (SPEC 5); None where what was deferred is
-        of another form."""
+        """The layer, its norm, activation and pooling, the noise, and B's pending update in one pass (SPEC 5); None where what was
+        deferred is of another form."""
         net, source, calls = self.net, deferred.source, deferred.calls
         layer, x, weight, bias = None, source.clean, None, None
+        constant = net.constant if net.warming else (lambda t: t)
         if len(calls) > len(deferred.parts):
             _, name, args, kwargs = calls[0]
-            constant = net.constant if net.warming else (lambda t: t)
             given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
             weight, bias = constant(given.pop("weight")), constant(given.pop("bias", None))
             layer, by_hand = Connection.of(name, weight, x, **given)
@@ -174,17 +174,26 @@ class FeedbackPoint(LazyBuffers):
         if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
             return None
         named = {part[0]: part[1:] for part in deferred.parts}
-        epilogue = Epilogue(named.get("activation", ("identity",))[0], kinds[:1] == ["pool"], *named.get("pool", Epilogue.no_pool))
+        (norm,) = named.pop("norm", (None,))
+        epilogue = Epilogue(named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool))
         rows = net.perturbed_rows if net.perturbing else 0
         q = source.perturbed if rows else None
         if layer is not None and deferred.autocast is not None:
             low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
             x, weight, bias, q = x.to(deferred.autocast), low(weight), low(bias), low(q)
+        gain = offset = None
+        if norm is not None:
+            assert layer is not None and weight is not None
+            if not norm.fits(x.dtype, len(weight), len(x) * math.prod(layer.size_behind(weight))):
+                return None
+            gain, offset = constant(norm.weight), constant(norm.bias)
         key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise)
         chosen = ops.choose(net.backend, net.step.device)
         behind = Behind(epilogue.derivative, chosen)
         options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
-        h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, layer, epilogue, key, options, behind)
+        h, p, kept, winner, new, prediction = Block.apply(
+            x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind
+        )
         net.visit(self, h)
         self.shape = h.shape[1:]
         if new.numel():

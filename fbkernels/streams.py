@@ -50,16 +50,55 @@ _VIEWS = (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH, Tensor.data)  # properties w
 Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements by name
 
 
+@dataclass(eq=False)
+class Norm:
+    """The arguments of ``F.batch_norm``. Its running statistics take a batch once, however often what was deferred is run."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def fits(self, dtype: torch.dtype, channels: int, values: int) -> bool:
+        """Whether a block runs it behind a layer with so many values a channel; the rest is torch's to run or to refuse."""
+        given = [t for t in (self.running_mean, self.running_var, self.weight, self.bias) if t is not None]
+        known = values > 1 if self.training else self.running_mean is not None and self.running_var is not None
+        dtypes = {t.dtype for t in given}
+        return known and all(t.shape == (channels,) for t in given) and (dtypes <= {torch.float32} or dtypes == {dtype})
+
+    def running(self) -> tuple[Tensor | None, Tensor | None]:
+        """The running statistics; in training from the second call on nothing, as they have taken the batch."""
+        running = self.running_mean, self.running_var
+        if self.training:
+            self.running_mean = self.running_var = None
+        return running
+
+    def statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and the variance that z is normalised with, float32 [channels]; the running ones are updated."""
+        running = self.running()
+        exact = [z.new_zeros(z.shape[1], dtype=torch.float32) if t is None else t.float() for t in running]
+        if not self.training:
+            return exact[0], exact[1]
+        mean, var = torch.batch_norm_update_stats(z, *exact, self.momentum)
+        for t, new in zip(running, exact, strict=True):
+            if t is not None and t is not new:
+                t.copy_(new)
+        return mean, var
+
+
 @dataclass(frozen=True)
 class Deferred:
-    """Functions that wait for their point: a layer, its activation, its pooling. ``FeedbackPoint.block`` runs them in one pass.
+    """Functions that wait for their point: a layer, its batch norm, activation, pooling. ``FeedbackPoint.block`` runs them in one pass.
 
     Whatever else reads the activity first has them run one by one.
     """
 
     source: Streams
     calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
-    parts: tuple[tuple[Any, ...], ...]  # fusible() of the activation and the pooling, not of a layer
+    parts: tuple[tuple[Any, ...], ...]  # fusible() of what follows the layer, ("norm", Norm) of a batch norm
     grad: bool  # whether autograd was on
     autocast: torch.dtype | None  # what autocast ran the layer in
 
@@ -138,6 +177,8 @@ def twin(s: Streams) -> Tensor:
 
 
 def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if name in ("dim", "ndimension") and args[0].deferred is not None:  # nn.BatchNorm2d asks; no fused function changes it
+        return args[0].deferred.source.clean.ndim
     if name in _METADATA or (name == "__get__" and func.__self__ not in _VIEWS):
         return func(*_map(_clean, args), **kwargs)
     grouped = name.removesuffix("_") in _GROUP
@@ -151,7 +192,11 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
-    """Put off a layer, or an activation or a pooling that a point waits behind, where the point can run it in its one pass."""
+    """Put off a layer, or what follows it up to its point, where the point can run it in its one pass."""
+    if func is F.batch_norm:
+        if s.deferred is None or s.deferred.parts:  # not behind a layer
+            return None
+        func, args, kwargs = Norm(*args, **kwargs), (), {}
     call = (func, name, args, kwargs)
     if name in ("linear", "conv2d"):
         x, device = s.clean, s.clean.device.type
@@ -159,7 +204,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
             return None
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), autocast), None)
-    part = fusible(name, args, kwargs)
+    part = ("norm", func) if isinstance(func, Norm) else fusible(name, args, kwargs)
     if part is None:
         return None
     if s.deferred is None:
@@ -213,8 +258,8 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or take it out of the model")
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
-    if func is F.batch_norm:
-        return _batch_norm(first, *args[1:], **kwargs)
+    if func is F.batch_norm or isinstance(func, Norm):
+        return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
     if net.transports and first.source is not None and name in ("linear", "conv1d", "conv2d", "conv3d"):
         return net.transport(name, *args, **kwargs)
 
@@ -317,24 +362,17 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
     return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
 
 
-def _batch_norm(
-    s: Streams,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Streams:
+def _batch_norm(s: Streams, norm: Norm) -> Streams:
     constant = s.net.constant if s.net.warming else _same
-    clean = F.batch_norm(s.clean, running_mean, running_var, constant(weight), constant(bias), training, momentum, eps)
+    running, weight, bias = norm.running(), norm.weight, norm.bias
+    clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
     if s.perturbed is not None:
         with torch.no_grad():
-            mean, var = running_mean, running_var
-            if training:
+            mean, var = running
+            if norm.training:
                 x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
                 var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-            perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, eps)
+                weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+            perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, norm.eps)
     return streams(s.net, clean, perturbed, s.pending, read=True)
