@@ -122,9 +122,9 @@ def sparse_gradient(layer: Connection, weight: Tensor) -> bool:
 class Block(torch.autograd.Function):
     """A layer of ``direct`` feedback, or the tensor x where there is none, up to its point: norm, activation, pooling, noise (SPEC 1).
 
-    ``norm``, a batch norm with weight ``gain`` and bias ``offset``, is ``scale z + shift`` of both streams, with ``scale = gain / std``
-    and ``shift = offset - mean scale`` of the clean one, in float32. That is torch's form on the CPU; beside ``(z - mean) scale`` it costs
-    an ulp of ``mean / std``, about what z itself is rounded to.
+    A batch norm with weight ``gain`` and bias ``offset`` is ``scale z + shift`` of both streams, with ``scale = gain / std`` and
+    ``shift = offset - mean scale`` of the clean one, in float32: torch's form on the CPU. Where ``|mean| >> std`` the shift's rounding is
+    that of z: the error is at most twice that of ``(z - mean) scale``, torch's form on a GPU.
 
     The edge behind h belongs to ``Deliver`` alone, and carries the error before the activation, at the winners of a max-pooling.
     """

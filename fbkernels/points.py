@@ -175,7 +175,9 @@ class FeedbackPoint(LazyBuffers):
             return None
         named = {part[0]: part[1:] for part in deferred.parts}
         (norm,) = named.pop("norm", (None,))
-        epilogue = Epilogue(named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool))
+        epilogue = Epilogue(
+            named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
+        )
         rows = net.perturbed_rows if net.perturbing else 0
         q = source.perturbed if rows else None
         if layer is not None and deferred.autocast is not None:
@@ -191,9 +193,7 @@ class FeedbackPoint(LazyBuffers):
         chosen = ops.choose(net.backend, net.step.device)
         behind = Behind(epilogue.derivative, chosen)
         options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
-        h, p, kept, winner, new, prediction = Block.apply(
-            x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind
-        )
+        h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
         net.visit(self, h)
         self.shape = h.shape[1:]
         if new.numel():
