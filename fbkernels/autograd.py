@@ -148,8 +148,6 @@ class Block(torch.autograd.Function):
         e, z, q = epilogue, x, perturbed
         how = (e.activation, e.pool, e.pool_first, *e.window)
         affine: tuple[Tensor | None, ...] = ()
-        if layer is not None and weight is not None and layer.convolution:
-            x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
         if layer is None or weight is None or e.pool == "avg" or norm is not None:  # the gradients of average-pooling and norm need z
             if layer is not None and weight is not None:
                 z, q = layer.forward(x, weight, bias), None if q is None else layer.forward(q, weight, bias)
@@ -159,7 +157,7 @@ class Block(torch.autograd.Function):
                 rstd = (var + norm.eps).rsqrt()
                 scale = rstd if gain is None else gain * rstd
                 shift = -mean * scale if offset is None else offset - mean * scale
-                affine = (None if gain is None else gain.float(), mean, var, rstd, scale, shift)
+                affine = (gain, mean, var, rstd, scale, shift)
             h, p, kept, winner, new, parts = ops.perturbed_pointwise(z, q, shift, *how, *key, scale=scale, **options)
         elif layer.convolution:
             shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -171,8 +169,6 @@ class Block(torch.autograd.Function):
         ctx.layer, ctx.epilogue, ctx.behind = layer, epilogue, behind
         ctx.norm = None if norm is None else (norm.training, norm.eps)
         ctx.like = None if weight is None else torch.empty_like(weight, device="meta")
-        behind.size = z.shape[2:] if layer is None or weight is None else layer.size_behind(weight)
-        behind.window = e.window
         kept_z = z if e.pool == "avg" or norm is not None else None
         ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, kept_z, *affine)
         ctx.mark_non_differentiable(p, kept, winner, new, parts)
@@ -189,14 +185,15 @@ class Block(torch.autograd.Function):
         if ctx.behind.delta is not None:
             delta, ctx.behind.delta = ctx.behind.delta, None
         elif epilogue.pool == "max":
-            if norm is None and layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
+            compiled = ctx.behind.backend == "cpp"
+            if compiled and norm is None and layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
                 like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=x.dtype)
                 grads = ops.pooled_weight_gradient(
                     delta, winner, x, like, layer.stride, layer.padding, layer.dilation, *epilogue.window, backend="cpp"
                 )
                 needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)]
                 return None, *needed, *(None,) * 9
-            delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="cpp")
+            delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="cpp" if compiled else "auto")
         elif epilogue.pool == "avg":
             with torch.enable_grad():
                 y = z

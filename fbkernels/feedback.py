@@ -91,7 +91,7 @@ class Feedback(LazyBuffers):
         self.inputs = (args, kwargs) if self.rule.supervised else ()  # only a second pass needs the batch after this one
         self.transports = self.layerwise and self.probe != "exact"
         device = self.step.device
-        if not (self.layerwise or self.probe or self.rule.private or torch.compiler.is_compiling()):
+        if not (self.layerwise or self.probe or self.rule.private):
             self.fuses = ops.fuses(self.backend, device)
         self.learning = not self.probe and (self.every == 1 or self.steps % self.every == 0)
         wanted = self.rule.private if self.probe == "learned" else self.rule.perturbs and self.learning

@@ -63,6 +63,7 @@ def backends() -> dict[str, str]:
     return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo traces into a cached function
 @functools.cache
 def _native(device: str) -> tuple[str, ...]:
     """The backends for tensors on a device, the best first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,6 +174,8 @@ class FeedbackPoint(LazyBuffers):
         if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
             return None
         named = {part[0]: part[1:] for part in deferred.parts}
+        if named.get("pool", ("",))[0] == "avg" and torch.compiler.is_compiling():  # Block's backward differentiates it
+            return None
         (norm,) = named.pop("norm", (None,))
         epilogue = Epilogue(
             named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
@@ -188,10 +190,14 @@ class FeedbackPoint(LazyBuffers):
             assert layer is not None and weight is not None
             if not norm.fits(x.dtype, len(weight), len(x) * math.prod(layer.size_behind(weight))):
                 return None
-            gain, offset = constant(norm.weight), constant(norm.bias)
+            gain, offset = (None if t is None else constant(t).float() for t in (norm.weight, norm.bias))
         key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise)
         chosen = ops.choose(net.backend, net.step.device)
-        behind = Behind(epilogue.derivative, chosen)
+        size: Sequence[int] = x.shape[2:]
+        if layer is not None and weight is not None and layer.convolution:
+            x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
+            size = layer.size_behind(weight)
+        behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
         options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
         h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
         net.visit(self, h)
@@ -201,7 +207,8 @@ class FeedbackPoint(LazyBuffers):
             self.store(new)
         if prediction.numel():
             net.predictions.append(prediction)
-        unpools = epilogue.pool == "max" and chosen == "triton"
+        # Dynamo traces no backward pass that leaves something behind
+        unpools = epilogue.pool == "max" and chosen == "triton" and not torch.compiler.is_compiling()
         net.blocks[self.name] = (behind, kept if kept.numel() else h.detach(), winner if unpools else None)
         return h, p if rows else None
 

@@ -210,7 +210,8 @@ def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams | None:
     """Put off a layer, or what follows it up to its point, where the point can run it in its one pass."""
     if func is F.batch_norm:
-        if s.deferred is None or s.deferred.parts:  # not behind a layer
+        # not behind a layer, or in a graph of Dynamo's, which traces no running statistics written inside an autograd.Function
+        if s.deferred is None or s.deferred.parts or torch.compiler.is_compiling():
             return None
         func, args, kwargs = Norm(*args, **kwargs), (), {}
     call = (func, name, args, kwargs)

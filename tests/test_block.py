@@ -296,3 +296,26 @@ def test_shapes_are_known_before_the_point() -> None:
     network = fb.convert(Watched(), rule=fb.Fixed())
     fb.PerturbedLoss(nn.CrossEntropyLoss(), network)(network(torch.randn(5, 2, 6, 6)), torch.tensor([0, 1, 2, 0, 1])).backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("name", ["max", "norm", "gelu", "mlp"])
+def test_a_compiled_step_is_the_eager_one(name: str, backend: str) -> None:
+    torch.manual_seed(0)
+    model = NETS[name]()
+    x, y = torch.randn(3, 4, 3, 12, 12), torch.randint(5, (3, 4))
+    states, calls = [], []
+    for compiles in (False, True):
+        network = fb.convert(copy.deepcopy(model), rule=fb.Joint(signal="output"), backend=backend)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), network)
+        run = lambda x, y, network=network, criterion=criterion: criterion(network(x), y)  # noqa: E731
+        run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiles else run
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        for i in range(3):
+            optimizer.zero_grad()
+            run(x[i], y[i]).backward()
+            optimizer.step()
+        states.append(network.state_dict())
+    for key, want in states[0].items():
+        # the loss and e are float64 in a compiled step, Triton's own kernel in an eager one
+        torch.testing.assert_close(states[1][key], want, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
