@@ -13,7 +13,7 @@ from fbkernels import ops, reference
 from fbkernels.autograd import Behind, Block, Epilogue
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement, Rule
-from fbkernels.streams import Carry, Deferred, Streams, defer, resolve, streams, twin
+from fbkernels.streams import Carry, Deferred, Streams, connect, defer, resolve, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -165,11 +165,8 @@ class FeedbackPoint(LazyBuffers):
         constant = net.constant if net.warming else (lambda t: t)
         if len(calls) > len(deferred.parts):
             _, name, args, kwargs = calls[0]
-            given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
-            weight, bias = constant(given.pop("weight")), constant(given.pop("bias", None))
-            layer, by_hand = Connection.of(name, weight, x, **given)
-            if any(by_hand) or (weight.dtype != x.dtype and deferred.autocast is None):
-                return None
+            weight, bias, layer, _ = connect(name, x, args, kwargs)
+            weight, bias = constant(weight), constant(bias)
         kinds = [part[0] for part in deferred.parts]
         if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
             return None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbkernels.reference import pair
+from fbkernels.reference import Connection, pair
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -220,6 +220,11 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         if x.requires_grad or x.ndim != (2 if name == "linear" else 4) or x.dtype not in s.net.fuses:
             return None
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        weight, _, layer, by_hand = connect(name, x, args, kwargs)
+        # what torch refuses it refuses at once, before a norm counts the batch
+        refused = weight.shape[1] * layer.groups != x.shape[1] or any(n < 1 for n in layer.size_behind(weight))
+        if refused or any(by_hand) or (weight.dtype != x.dtype and autocast is None):
+            return None
         return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), autocast), None)
     part = ("norm", func) if isinstance(func, Norm) else fusible(name, args, kwargs)
     if part is None:
@@ -238,6 +243,13 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         return defer(s.net, deferred, s.pending)
     s.deferred = deferred  # relu_(x): x itself is what comes out
     return s
+
+
+def connect(name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Connection, Any]:
+    """Weight, bias and connection of ``F.linear`` or ``F.conv2d``, and what to pad by hand."""
+    given = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)) | kwargs
+    weight, bias = given.pop("weight"), given.pop("bias", None)
+    return weight, bias, *Connection.of(name, weight, x, **given)
 
 
 def fusible(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
