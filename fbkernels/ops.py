@@ -228,12 +228,16 @@ _UPDATE = (
 )
 
 
-def _expect(name: str, t: Tensor | None, like: Tensor, *shape: int) -> None:
-    """A Triton kernel reads what it is given."""
-    if t is not None and tuple(t.shape) != shape:
+def _expect(name: str, t: Tensor | None, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> None:
+    """A Triton kernel reads what it is given. ``dtype``: None for any float."""
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-    if t is not None and t.device != like.device:
+    if t.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {t.device}")
+    if t.dtype != dtype if dtype is not None else not t.is_floating_point():
+        raise TypeError(f"{name} must have dtype {dtype or 'of a float'}, got {t.dtype}")
 
 
 def _plan(
@@ -252,18 +256,19 @@ def _plan(
 ) -> Any:
     """B's update as a Triton launch takes it."""
     if B is not None:
-        m = B.shape[-1]
+        m = B.shape[-1] if B.ndim else 0
         _expect("B", B, like, units, m)
         if (R is None) != (Q is None) or (R is None) != (w is None) or (R is not None and G is not None) or (M is not None and G is None):
             raise ValueError("G must be given, with or without M, or R, Q and w")
         if (G is None and R is None) != (learned_step is None):
             raise ValueError("learned_step goes together with G, or R, Q and w")
-        learned = len(G) if G is not None else len(R) if R is not None else 0
+        first = R if G is None else G
+        learned = first.shape[0] if first is not None and first.ndim else 0
         for name, t in (("G", G), ("R", R), ("Q", Q)):
             _expect(name, t, like, learned, m)
         _expect("M", M, like, m, m)
         _expect("w", w, like, learned)
-        _expect("learned_step", learned_step, like)
+        _expect("learned_step", learned_step, like, dtype=torch.int64)
         B, M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (B, M, G, R, Q, w))
     return _kernels().plan(B, M, G, R, Q, w, learned_step, rows if predicts else 0, kind, like)
 
@@ -353,7 +358,8 @@ def _pointwise(
     if chosen == "triton":
         units = h[:1].numel()
         check_noise(step, point, rows, units, std, kind, offset)
-        _expect("q", q, z, rows * (1 + antithetic), *z.shape[1:])
+        _expect("step", step, z, dtype=torch.int64)
+        _expect("q", q, z, rows * (1 + antithetic), *z.shape[1:], dtype=z.dtype)
         _expect("scale", scale, z, z.shape[1])
         _expect("bias", bias, z, z.shape[1])
         _check_window(z, pool, kernel_size, padding)
@@ -431,6 +437,13 @@ perturbed_pointwise = Op(
     _pointwise,
     _pointwise_fake,
 )
+
+
+def _two(name: str, sizes: Sequence[int], low: int) -> None:
+    if len(sizes) != 2:
+        raise ValueError(f"{name} must have two numbers, got {tuple(sizes)}")
+    for n in sizes:
+        integer(name, n, low)
 
 
 def _check_window(z: Tensor, pool: str, kernel_size: Sequence[int], padding: Sequence[int]) -> None:
@@ -625,6 +638,9 @@ def _fused(
     stride, padding, dilation, groups = layer
     one_of("activation", activation, reference.ACTIVATIONS)
     integer("rows", rows, 0, len(x))
+    integer("groups", groups, 1)
+    for argument, pair, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        _two(argument, pair, low)
     if weight.ndim != x.ndim or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups or weight.dtype != x.dtype:
         expected = f"{x.ndim} dimensions, {x.shape[1]} / {groups} input channels and dtype {x.dtype}"
         raise ValueError(f"weight must have {expected}, got shape {tuple(weight.shape)} and {weight.dtype}")
@@ -634,13 +650,14 @@ def _fused(
     outputs = weight.shape[0]
     _expect("weight", weight, x, *weight.shape)
     _expect("bias", bias, x, outputs)
-    _expect("p", p, x, rows * (1 + antithetic), *x.shape[1:])
+    _expect("p", p, x, rows * (1 + antithetic), *x.shape[1:], dtype=x.dtype)
     units = outputs * math.prod(size)
     check_noise(step, point, rows, units, std, kind, offset)
+    _expect("step", step, x, dtype=torch.int64)
     plan = _plan(x, units, rows, kind, **update)
     like = x.new_empty(1).expand(len(x), outputs, *size)
     h, perturbed, kept, winner = _pointwise_outputs(like, activation, "none", (), (), (), rows * (1 + antithetic))
-    tensors = (_dense(x), None if p is None else _dense(p), _dense(weight), bias)
+    tensors = (_dense(x), None if p is None else _dense(p), _dense(weight), None if bias is None else bias.contiguous())
     outs = (h, *(t if t.numel() else None for t in (perturbed, kept)))
 
     def run(configuration: dict[str, int] | str) -> tuple[Tensor, ...]:
@@ -738,9 +755,15 @@ def _feedback(
     chosen = _backend(kept, backend)
     window = (size, kernel_size, stride, padding)
     if chosen == "triton" and B.dtype == torch.float32:
-        units = kept[0].numel() if len(kept) else len(B)
-        for name, t, shape in (("B", B, (units, e.shape[-1])), ("e", e, (len(kept), e.shape[-1])), ("winner", winner, tuple(kept.shape))):
-            _expect(name, t, kept, *shape)
+        units, m = kept[0].numel() if len(kept) else len(B), e.shape[-1] if e.ndim else 0
+        _expect("e", e, kept, len(kept), m)
+        _expect("B", B, kept, units, m)
+        _expect("winner", winner, kept, *kept.shape, dtype=torch.uint8)
+        if winner is not None:
+            if kept.ndim != 4:
+                raise ValueError(f"kept must be [samples, channels, height, width] where there is a winner, got shape {tuple(kept.shape)}")
+            for name, pair, low in (("size", size, 1), ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
+                _two(name, pair, low)
         delta = _feedback_fake(e, B, kept, activation, winner=winner, size=size)
         if winner is not None:
             _check_window(delta, "max", kernel_size, padding)
@@ -801,9 +824,12 @@ def _feedback_update(
 ) -> tuple[Tensor, Tensor]:
     chosen = _backend(B, backend)
     if chosen == "triton" and B.dtype == torch.float32:
-        for t, rows in ((step, len(B)), (predicted_step, predicted_rows)):
+        if step is None and predicted_step is None:
+            raise ValueError("G, or R, Q and w, or prediction must be given")
+        for name, t, rows in (("step", step, 0), ("predicted_step", predicted_step, predicted_rows)):
             if t is not None:
                 check_noise(t, point, rows, len(B), std, kind, offset)
+                _expect(name, t, B, dtype=torch.int64)
         predicted = predicted_rows if predicted_step is not None else 0
         plan = _plan(B, len(B), predicted, kind, B, M, G, R, Q, w, step, predicted > 0)
         _kernels().feedback_update(plan, predicted_step, seed, point, len(B), std, kind, offset)

@@ -62,7 +62,9 @@ def update_tile(
                 b_B -= b_BM
             for n in tl.range(0, learned_rows, BR, num_stages=1):
                 m_n = n + o_n < learned_rows
-                xi = noise_tile(n + o_n + offset, first, tl.load(learned_step), seed, point, std, units, KIND, SHARED, BU)  # [BR, BU]
+                xi = noise_tile(
+                    (n + o_n).to(tl.int64) + offset, first, tl.load(learned_step), seed, point, std, units, KIND, SHARED, BU
+                )  # [BR, BU]
                 if R is not None:
                     b_RB = tl.zeros([BR, BU], tl.float32)
                     for k in tl.range(0, m, BL, num_stages=1):
@@ -80,7 +82,7 @@ def update_tile(
         if parts is not None:
             own_parts = i_u.to(tl.int64) * predicted_rows * m
             for n in tl.range(0, predicted_rows, BR, num_stages=1):
-                xi = noise_tile(n + o_n + offset, first, tl.load(step), seed, point, std, units, KIND, SHARED, BU)
+                xi = noise_tile((n + o_n).to(tl.int64) + offset, first, tl.load(step), seed, point, std, units, KIND, SHARED, BU)
                 b_P = tl.dot(xi, b_B, input_precision=PRECISION)  # [BR, BC]
                 tl.store(
                     parts + own_parts + (n + o_n)[:, None] * m + o_m[None, :], b_P, mask=(n + o_n < predicted_rows)[:, None] & m_m[None, :]
@@ -188,9 +190,9 @@ def plan(
 def feedback_update(update: Update, step: Tensor | None, seed: int, point: int, units: int, std: float, kind: str, offset: int) -> None:
     """The update in a launch of its own; ``step`` is the predicted one."""
     if update.tiles:
-        feedback_update_kernel[(update.tiles,)](
-            **update.arguments, step=step, seed=seed, point=point, std=std, units=units, offset=offset, KIND=kind, num_warps=8
-        )
+        # without maxnreg ptxas spills a few for the sake of occupancy
+        key = {"step": step, "seed": seed, "point": point, "std": std, "units": units, "offset": offset, "KIND": kind}
+        feedback_update_kernel[(update.tiles,)](**update.arguments, **key, num_warps=8, maxnreg=255)
 
 
 def precision() -> str:

@@ -221,7 +221,9 @@ def perturbed_conv2d_kernel(
 def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
     """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/test_aot.py), the default first."""
     if dtype != torch.float32:
-        tiles = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 4)] if tuning.capability() >= 90 else [(128, 128, 32, 8, 4), (64, 128, 32, 8, 4)]
+        # 128 x 128 spills: its noise and phi beside its sums
+        BK = 64 if tuning.capability() >= 90 else 32
+        tiles = [(128, 64, BK, 8, 4), (64, 128, BK, 8, 4)]
     else:
         tiles = [(128, 64, 32, 8, 4), (64, 64, 32, 8, 4)] if precision() == "tf32" else [(64, 64, 16, 8, 3)]
     names = ("BM", "BN", "BK", "num_warps", "num_stages")
@@ -299,4 +301,6 @@ def perturbed_conv2d(
         PRECISION="tf32" if precision() == "tf32" else "ieee",
         FLAT=channels // groups < tile["BK"] and kernel[0] * kernel[1] > 1,
         **tile,
+        # else ptxas spills a few for the sake of a second program on the SM, which the others fit without
+        maxnreg=255 if update.tiles or (x.dtype == torch.float32 and precision() == "tf32") else None,
     )

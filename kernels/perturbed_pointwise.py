@@ -277,4 +277,5 @@ def perturbed_pointwise(
         BM=BM,
         BN=BN,
         num_warps=8,
+        maxnreg=255 if update.tiles else None,  # as in perturbed_conv2d
     )

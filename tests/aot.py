@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -114,9 +115,10 @@ def compile_all(launches: Mapping[str, Callable[[], Any]]) -> Iterator[dict[str,
     """What each call launches, for each architecture, on all cores, as they get done: ``name`` and ``compiled``'s row, or ``error``."""
     torch.set_num_threads(1)  # a forked process would wait for the others
     for name, launch in launches.items():
-        with Recorder() as recorder:
-            launch()
-        _jobs.extend((name, sm, *one) for one in recorder.launches for sm in SHARED)
+        for sm in SHARED:
+            with Recorder() as recorder, mock.patch("fbkernels.kernels.tuning.capability", return_value=sm):
+                launch()
+            _jobs.extend((name, sm, *one) for one in recorder.launches)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
         for done in as_completed(pool.submit(_compile, i) for i in range(len(_jobs))):
             yield done.result()

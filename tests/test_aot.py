@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -41,6 +44,89 @@ def ridge_gain(m: int) -> None:
     kernels.ridge_gain(torch.empty(64, m), torch.empty(64), torch.empty(m, m, dtype=torch.float64), 0.1, 0.99)
 
 
+@contextmanager
+def allowing_tf32(allow: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def update(form: str, m: int, units: int, rows: int, kind: str, dtype: torch.dtype) -> Any:
+    """B's update: factors, M and G, or G alone, with or without prediction; or the prediction alone."""
+    B, M, R, w = (torch.empty(shape) for shape in ((units, m), (m, m), (64, m), (64,)))
+    given = {"factors": (None, None, R, R, w, STEP), "M": (M, R, None, None, None, STEP), "G": (None, R, None, None, None, STEP)}
+    gains = given.get(form.removesuffix(" predicts"), (None,) * 6)
+    return kernels.plan(B if form else None, *gains, rows if "predicts" in form else 0, kind, torch.empty(0, dtype=dtype))
+
+
+def layer(
+    dtype: torch.dtype,
+    tf32: bool,
+    inputs: tuple[int, ...],
+    outputs: int = 512,
+    groups: int = 1,
+    first: bool = False,
+    antithetic: bool = False,
+    activation: str = "relu",
+    kind: str = "gaussian",
+    form: str = "",
+    m: int = 10,
+) -> None:
+    """A Linear of ``inputs`` units, or a convolution of maps of that shape."""
+    new = partial(torch.empty, dtype=dtype)
+    rows = 32 * (1 + antithetic)
+    x, weight = new(64, *inputs), new(outputs, inputs[0] // groups, *[3] * (len(inputs) - 1))
+    p, shape = None if first else new(rows, *inputs), (outputs, *inputs[1:])
+    h, perturbed, kept = new(64, *shape), new(rows, *shape), new(64, *shape) if activation == "gelu" else None
+    window = ((1, 1), (1, 1) if len(inputs) > 1 else (0, 0), (1, 1), groups)
+    key = (STEP, 1, 2, 32, 0.1, kind, antithetic, 0)
+    with allowing_tf32(tf32):
+        plan = update(form, m, math.prod(shape), 32, kind, dtype)
+        for configuration in kernels.configurations(dtype):
+            kernels.perturbed_conv2d(x, p, weight, new(outputs), *window, activation, *key, h, perturbed, kept, plan, configuration)
+
+
+def pointwise(
+    dtype: torch.dtype,
+    tf32: bool,
+    pool: str,
+    shape: tuple[int, ...],
+    scale: bool,
+    form: str,
+    activation: str,
+    antithetic: bool,
+    first: bool,
+) -> None:
+    new = partial(torch.empty, dtype=dtype)
+    rows = 32 * (1 + antithetic)
+    window = ("none", False, (1, 1), (1, 1), (0, 0)) if pool == "none" else (pool, False, (3, 3), (2, 2), (1, 1))
+    behind = shape if pool == "none" else (shape[0], *((n - 1) // 2 + 1 for n in shape[1:]))
+    h, key = new(64, *behind), (STEP, 1, 2, 32, 0.1, "gaussian", antithetic, 0)
+    kept = h if activation == "gelu" and pool != "avg" else None
+    winner = torch.empty(h.shape, dtype=torch.uint8) if pool == "max" else None
+    q, scales = None if first else new(rows, *shape), torch.empty(shape[0]) if scale else None
+    with allowing_tf32(tf32):
+        plan = update(form, 10, math.prod(behind), 32, "gaussian", dtype)
+        kernels.perturbed_pointwise(
+            new(64, *shape), q, scales, scales, activation, *window, *key, h, new(rows, *behind), kept, winner, plan
+        )
+
+
+def feedback(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], m: int, activation: str = "relu", pooled: bool = False) -> None:
+    kept = torch.empty(64, *shape, dtype=dtype)
+    delta = torch.empty(64, shape[0], *(2 * n for n in shape[1:]), dtype=dtype) if pooled else kept
+    winner, window = (torch.empty(kept.shape, dtype=torch.uint8), [(3, 3), (2, 2), (1, 1)]) if pooled else (None, [])
+    with allowing_tf32(tf32):
+        kernels.feedback(torch.empty(64, m), torch.empty(math.prod(shape), m), kept, winner, activation, delta, *window)
+
+
+def feedback_update(tf32: bool, form: str, m: int, kind: str = "gaussian") -> None:
+    with allowing_tf32(tf32):
+        plan = update(form, m, 1000, 32, kind, torch.float32)
+        kernels.feedback_update(plan, STEP, 1, 2, 1000, 0.1, kind, 0)
+
+
 # name: a call of a launcher on the CPU, whose launches are compiled and not run
 LAUNCHES = {
     f"noise {kind}, {samples} x {units}, offset {offset}": partial(noise, kind, samples, units, offset)
@@ -54,6 +140,58 @@ LAUNCHES |= {
     for rows, antithetic in ((0, False), (64, False), (31, True))
 }
 LAUNCHES |= {f"ridge gains of {m} regressors": partial(ridge_gain, m) for m in (1, 10, 20, 50, 100, 128, 300)}
+DTYPES = ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False), (torch.float32, True))
+LAYERS: dict[str, dict[str, Any]] = {
+    "linear, M G, prediction": {"inputs": (512,), "antithetic": True, "activation": "gelu", "form": "M predicts", "m": 100},
+    "first linear, rademacher": {"inputs": (784,), "first": True, "kind": "rademacher"},
+    "groups, G, prediction": {
+        "inputs": (100, 7, 7),
+        "outputs": 68,
+        "groups": 2,
+        "antithetic": True,
+        "activation": "tanh",
+        "form": "G predicts",
+        "m": 1000,
+    },
+    "first convolution, factors, prediction": {"inputs": (3, 32, 32), "outputs": 96, "first": True, "form": "factors predicts"},
+    "convolution": {"inputs": (128, 16, 16), "outputs": 256, "activation": "gelu"},
+    "convolution, rademacher, prediction": {"inputs": (64, 16, 16), "activation": "sigmoid", "kind": "rademacher", "form": "predicts"},
+}
+LAUNCHES |= {
+    f"{name}: {dtype}, tf32 {tf32}": partial(layer, dtype, tf32, **given) for name, given in LAYERS.items() for dtype, tf32 in DTYPES
+}
+LAUNCHES |= {
+    f"pointwise, {pool} {shape}, scale and bias {scale}, {form}: {dtype}, tf32 {tf32}": partial(
+        pointwise, dtype, tf32, pool, shape, scale, form, activation, antithetic=scale, first=not scale
+    )
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True))
+    for pool, shape, scale, form, activation in (
+        ("none", (512,), True, "", "gelu"),
+        ("max", (96, 13, 13), True, "M predicts", "gelu"),
+        ("max", (64, 16, 16), False, "factors predicts", "relu"),
+        ("avg", (32, 16, 16), True, "", "tanh"),
+    )
+}
+LAUNCHES |= {
+    f"feedback of {shape}, m {m}, {activation}, pooled {pooled}: {dtype}, tf32 {tf32}": partial(
+        feedback, dtype, tf32, shape, m, activation, pooled
+    )
+    for dtype, tf32 in DTYPES
+    for shape, m, activation, pooled in (
+        ((1024,), 10, "tanh", False),
+        ((1000,), 1000, "gelu", False),
+        ((16, 8, 8), 10, "identity", True),
+        ((64, 8, 8), 100, "gelu", True),
+        ((96, 8, 8), 100, "relu", True),
+        ((256, 8, 8), 16, "tanh", True),
+    )
+}
+LAUNCHES |= {
+    f"update of B, {form}, m {m}, tf32 {tf32}": partial(feedback_update, tf32, form, m, kind)
+    for form in ("factors predicts", "M predicts", "G predicts", "factors", "M", "G", "predicts")
+    for m, kind in ((10, "gaussian"), (128, "rademacher"), (1000, "gaussian"))
+    for tf32 in (False, True)
+}
 
 
 @triton.jit

@@ -9,11 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import launched
+from poison import guarded, poisoned
 from torch import Tensor
 
 import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEP = torch.tensor(3)
 EPS = 2.0**-24
 F64 = torch.float64
 
@@ -22,9 +26,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def at(value: Any) -> Any:
+    return value.to(DEVICE) if isinstance(value, Tensor) and value.device.type != "meta" else value
+
+
 @st.composite
-def updates(draw: Any) -> dict[str, Any]:
-    units, m, rows, predicted = (draw(st.integers(1, high)) for high in (1500, 70, 90, 70))
+def updates(draw: Any, units: int = 1500, rows: int = 90) -> dict[str, Any]:
+    units, m, rows, predicted = (draw(st.integers(1, high)) for high in (units, 70, rows, rows))
     seed, form, what = (
         draw(st.integers(0, 99)),
         draw(st.sampled_from(["none", "full", "factors"])),
@@ -70,14 +78,26 @@ def bounds(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return terms * 2 * EPS * size, prediction
 
 
-@given(updates())
-@settings(max_examples=150, deadline=None)
-def test_update_and_prediction_are_the_reference(call: dict[str, Any]) -> None:
-    got = ops.feedback_update(**call)
+def check_update(call: dict[str, Any], backend: str) -> None:
+    with poisoned():
+        new, parts = ops.feedback_update(**call, backend=backend)
     expected = ops.feedback_update(**double(call), backend="reference")
+    got = new, parts.sum(0, keepdim=True) if parts.numel() else parts
     for g, want, bound in zip(got, expected, bounds(call), strict=True):
         assert (g.shape, g.dtype) == (want.shape, torch.float32)
         assert g.numel() == 0 or bool(((g.double() - want).abs() <= bound).all())
+
+
+@given(updates())
+@settings(max_examples=150, deadline=None)
+def test_update_and_prediction_are_the_reference(call: dict[str, Any]) -> None:
+    check_update(call, "cpp")
+
+
+@given(updates(units=150, rows=40))
+@settings(max_examples=50, deadline=None)
+def test_update_and_prediction_in_triton(call: dict[str, Any]) -> None:
+    check_update({k: guarded(at(v)) if isinstance(v, Tensor) else v for k, v in call.items()}, "triton")
 
 
 @given(updates(), st.integers(2, 4))
@@ -126,6 +146,46 @@ def test_feedback_is_the_reference(n: int, units: int, m: int, activation: str, 
     assert torch.equal(ops.feedback(e, B, kept, activation), results[-1])
 
 
+@given(
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.sampled_from([None, ([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([5, 3], [1, 2], [2, 1]), ([2, 3], [3, 1], [1, 0])]),
+    st.sampled_from(tuple(reference.ACTIVATIONS)),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.sampled_from([torch.contiguous_format, torch.channels_last]),
+    st.integers(0, 99),
+)
+@settings(max_examples=50, deadline=None)
+def test_feedback_before_a_pooling_in_triton(
+    n: int, channels: int, m: int, window: Any, activation: str, dtype: torch.dtype, layout: torch.memory_format, seed: int
+) -> None:
+    size, options, winner = [5, 7], {}, None
+    z = normal(n, channels, *size, seed=seed).to(dtype)
+    kept, behind = z if activation == "gelu" else reference.ACTIVATIONS[activation](z.float()).to(dtype), size
+    if window is not None:
+        behind = [(k + 2 * p - w) // s + 1 for k, w, s, p in zip(size, *window, strict=True)]
+        options = {"size": size, **dict(zip(("kernel_size", "stride", "padding"), window, strict=True))}
+        # kept of the op is z for gelu and empty where phi' is read from h
+        h, _, kept, winner, *_ = ops.perturbed_pointwise(
+            z.double(), None, None, activation, "max", False, *window, STEP, 1, 0, 0, 0.1, "gaussian", backend="reference"
+        )
+        kept = (kept if kept.numel() else h).to(dtype)
+    e, B = normal(n, m, seed=seed), normal(channels * math.prod(behind), m, seed=seed + 1)
+    kept = kept.contiguous(memory_format=layout)
+    given = [guarded(t.to(DEVICE)) for t in (e, B, kept)]
+    won = None if winner is None else guarded(winner.to(DEVICE))
+    with poisoned():
+        delta = ops.feedback(*given, activation, winner=won, **options, backend="triton").cpu()
+    exact = {"winner": winner, **options, "backend": "reference"}
+    expected = ops.feedback(e.double(), B.double(), kept.double(), activation, **exact)
+    # of each of the windows that a place won a sum of m products, phi', at most 1.13, off by 8 eps; then the rounding to the dtype
+    sizes = ops.feedback(e.double().abs(), B.double().abs(), torch.ones_like(kept, dtype=F64), "identity", **exact)
+    bound = 1.13 * (m + 12) * 2 * EPS * sizes + (0 if dtype == torch.float32 else 2.0**-11) * expected.abs() + 2.0**-25
+    assert (delta.shape, delta.dtype) == (expected.shape, dtype) and delta.is_contiguous(memory_format=torch.channels_last)
+    assert bool(((delta.double() - expected).abs() <= bound).all())
+
+
 def test_feedback_of_maps_numbers_units_channels_last() -> None:
     e, B, h = normal(3, 4), normal(2 * 5 * 6, 4, seed=1), torch.tanh(normal(3, 2, 5, 6, seed=2))
     expected = (e @ B.T).view(3, 5, 6, 2).movedim(-1, 1) * (1 - h * h)
@@ -133,7 +193,7 @@ def test_feedback_of_maps_numbers_units_channels_last() -> None:
         torch.testing.assert_close(ops.feedback(e, B, kept, "tanh"), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_the_ops(backend: str) -> None:
     B, M, R, G = normal(33, 5), normal(5, 5), normal(4, 5), normal(4, 5)
     step, key = torch.tensor(3), (-1, 2, 6, 0.1, "gaussian")
@@ -144,13 +204,29 @@ def test_the_ops(backend: str) -> None:
     kept = normal(4, 3, 11, 1).to(memory_format=torch.channels_last)
     torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, kept, "tanh"), {"backend": backend})
     torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, normal(33, 4).T, "relu"), {"backend": backend})
+    winner = torch.randint(4, kept.shape, dtype=torch.uint8)
+    pooled = {"winner": winner, "size": [22, 2], "kernel_size": [2, 2], "stride": [2, 2], "backend": backend}
+    torch.library.opcheck(torch.ops.fbkernels.feedback.default, (G, B, kept, "tanh"), pooled)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_compile_to_one_graph(backend: str) -> None:
+    B, G, kept, winner = normal(33, 5), normal(4, 5), normal(4, 3, 11, 1), torch.randint(4, (4, 3, 11, 1), dtype=torch.uint8)
+    key, window = (STEP, STEP + 1, -1, 2, 6, 0.1, "gaussian"), {"size": [22, 2], "kernel_size": [2, 2], "stride": [2, 2]}
+
+    def both(B: Tensor, G: Tensor) -> tuple[Tensor, ...]:
+        new, parts = ops.feedback_update(B + 1, None, G, None, None, None, *key, backend=backend)
+        return 2 * new, parts.sum(0), 2 * ops.feedback(G, new, kept, "tanh", winner=winner, **window, backend=backend)
+
+    for got, want in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(B, G), both(B, G), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"M": torch.zeros(4, 4)}, "M must have shape"),
-        ({"R": torch.zeros(4, 5)}, "R, Q and w go together"),
+        ({"R": torch.zeros(4, 5)}, "R, Q and w"),
         ({"R": torch.zeros(4, 5), "Q": torch.zeros(4, 5), "w": torch.zeros(4)}, "G must be given, with or without M, or R, Q and w"),
         ({"M": None, "G": None, "R": torch.zeros(4, 5), "Q": torch.zeros(4, 5), "w": torch.zeros(5)}, "w must have shape"),
         ({"G": torch.zeros(4, 6)}, "G must have shape"),
@@ -160,7 +236,8 @@ def test_the_ops(backend: str) -> None:
         ({"kind": "uniform"}, "kind must be one of"),
     ],
 )
-def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_bad_arguments_are_named(change: dict[str, Any], message: str, backend: str) -> None:
     good = {
         "B": torch.zeros(7, 5),
         "M": torch.zeros(5, 5),
@@ -172,7 +249,40 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
     }
     good |= {"predicted_step": None, "seed": 1, "point": 2, "predicted_rows": 0, "std": 0.1, "kind": "gaussian"}
     with pytest.raises(ValueError, match=message):
-        ops.feedback_update(**(good | change))
+        ops.feedback_update(**(good | change), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"e": torch.zeros(3, 5)}, "e must have shape"),
+        ({"e": torch.zeros(())}, "e must have shape"),
+        ({"e": torch.zeros(4, 5, dtype=torch.int64)}, "e must have dtype"),
+        ({"e": torch.zeros(4, 5, device="meta")}, "e must be on"),
+        ({"B": torch.zeros(32, 5)}, "B must have shape"),
+        ({"B": torch.zeros(36, 6)}, "B must have shape"),
+        ({"B": torch.zeros(36, 5, device="meta")}, "B must be on"),
+        ({"kept": torch.zeros(4, 36)}, "kept must be|winner must have shape"),
+        ({"kept": torch.zeros(36)}, "kept must be"),
+        ({"activation": "softplus"}, "activation must be one of"),
+        ({"winner": torch.zeros(4, 3, 4, 2, dtype=torch.uint8)}, "winner must have shape"),
+        ({"winner": torch.zeros(4, 3, 4, 3)}, "winner must have dtype"),
+        ({"winner": torch.zeros(4, 3, 4, 3, dtype=torch.uint8, device="meta")}, "winner must be on"),
+        ({"size": [8, 8]}, "size .* does not have the shape of winner"),
+        ({"size": [8]}, "size must have two"),
+        ({"size": ()}, "size must have two"),
+        ({"kernel_size": [0, 2]}, "kernel_size must be"),
+        ({"kernel_size": [9, 2]}, "kernel_size must not be larger"),
+        ({"stride": [2, 0]}, "stride must be"),
+        ({"padding": [2, 0]}, "padding must be"),
+    ],
+)
+def test_bad_arguments_of_feedback_are_named_before_anything_runs(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"e": torch.zeros(4, 5), "B": torch.zeros(36, 5), "kept": torch.zeros(4, 3, 4, 3), "activation": "relu"}
+    good |= {"winner": torch.zeros(4, 3, 4, 3, dtype=torch.uint8), "size": [8, 6], "kernel_size": [2, 2], "stride": [2, 2]}
+    with launched() as (kernels_run, _), pytest.raises((ValueError, TypeError), match=message):
+        ops.feedback(**{k: at(v) for k, v in (good | {"padding": [0, 0]} | change).items()}, backend="triton")
+    assert kernels_run == []
 
 
 def test_functional() -> None:
