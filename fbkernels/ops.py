@@ -75,7 +75,7 @@ def _native(device: str) -> tuple[str, ...]:
 
 def choose(backend: str, device: torch.device) -> str:
     """The backend for tensors on ``device``; ``RuntimeError`` where one is asked for by name and cannot be had."""
-    native = _native(device.type)
+    native: tuple[str, ...] = _native(device.type)
     if backend == "auto":
         return native[0]
     one_of("backend", backend, ("auto", *BACKENDS))
