@@ -40,7 +40,8 @@ def feedback_kernel(
     BK: tl.constexpr,
 ):
     """One place of the map, BM samples by BN channels: the windows that it can have won are few, so they are gathered."""
-    i_p, i_m, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    columns = tl.cdiv(channels, BN)
+    i_p, i_n, i_m = tl.program_id(0) // columns, tl.program_id(0) % columns, tl.program_id(1)
     y, x = i_p // width, i_p % width
     o_m, o_n = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_m, m_n = o_m < samples, o_n < channels
@@ -90,7 +91,7 @@ def feedback(
     m = B.shape[1]
     # many samples to a read of B; at 64 channels by 128 samples gelu spills on sm_80, and tf32x3 at BK = 32 (tests/test_aot.py)
     BM, BN, BK = 128, min(32, max(16, triton.next_power_of_2(channels))), 16
-    grid = (height * width, triton.cdiv(len(delta), BM), triton.cdiv(channels, BN))
+    grid = (height * width * triton.cdiv(channels, BN), triton.cdiv(len(delta), BM))  # the second dimension ends at 65,535
     # what is rounded to 8 or 11 bits needs no more than tf32's 11
     exact = delta.dtype == torch.float32
     feedback_kernel[grid](

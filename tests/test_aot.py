@@ -121,10 +121,10 @@ def feedback(dtype: torch.dtype, tf32: bool, shape: tuple[int, ...], m: int, act
         kernels.feedback(torch.empty(64, m), torch.empty(math.prod(shape), m), kept, winner, activation, delta, *window)
 
 
-def feedback_update(tf32: bool, form: str, m: int, kind: str = "gaussian") -> None:
+def feedback_update(tf32: bool, form: str, m: int) -> None:
     with allowing_tf32(tf32):
-        plan = update(form, m, 1000, 32, kind, torch.float32)
-        kernels.feedback_update(plan, STEP, 1, 2, 1000, 0.1, kind, 0)
+        plan = update(form, m, 1000, 32, "gaussian", torch.float32)
+        kernels.feedback_update(plan, STEP, 1, 2, 1000, 0.1, "gaussian", 0)
 
 
 # name: a call of a launcher on the CPU, whose launches are compiled and not run
@@ -176,7 +176,7 @@ LAUNCHES |= {
     f"feedback of {shape}, m {m}, {activation}, pooled {pooled}: {dtype}, tf32 {tf32}": partial(
         feedback, dtype, tf32, shape, m, activation, pooled
     )
-    for dtype, tf32 in DTYPES
+    for dtype, tf32 in DTYPES[::2] + DTYPES[3:]
     for shape, m, activation, pooled in (
         ((1024,), 10, "tanh", False),
         ((1000,), 1000, "gelu", False),
@@ -187,9 +187,9 @@ LAUNCHES |= {
     )
 }
 LAUNCHES |= {
-    f"update of B, {form}, m {m}, tf32 {tf32}": partial(feedback_update, tf32, form, m, kind)
+    f"update of B, {form}, m {m}, tf32 {tf32}": partial(feedback_update, tf32, form, m)
     for form in ("factors predicts", "M predicts", "G predicts", "factors", "M", "G", "predicts")
-    for m, kind in ((10, "gaussian"), (128, "rademacher"), (1000, "gaussian"))
+    for m in (10, 1000)
     for tf32 in (False, True)
 }
 
