@@ -135,12 +135,12 @@ LAUNCHES = {
 }
 LAUNCHES |= {
     f"cross-entropy of {K} classes, {dtype}, {rows} rows, antithetic {antithetic}": partial(cross_entropy, K, dtype, rows, antithetic)
-    for K in (1, 10, 100, 1000)
+    for K in (10, 1000)
     for dtype in (torch.float32, torch.bfloat16)
     for rows, antithetic in ((0, False), (64, False), (31, True))
 }
-LAUNCHES |= {f"ridge gains of {m} regressors": partial(ridge_gain, m) for m in (1, 10, 20, 50, 100, 128, 300)}
-DTYPES = ((torch.bfloat16, False), (torch.float16, True), (torch.float32, False), (torch.float32, True))
+LAUNCHES |= {f"ridge gains of {m} regressors": partial(ridge_gain, m) for m in (10, 20, 100, 300)}
+DTYPES = ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True))
 LAYERS: dict[str, dict[str, Any]] = {
     "linear, M G, prediction": {"inputs": (512,), "antithetic": True, "activation": "gelu", "form": "M predicts", "m": 100},
     "first linear, rademacher": {"inputs": (784,), "first": True, "kind": "rademacher"},
@@ -176,19 +176,16 @@ LAUNCHES |= {
     f"feedback of {shape}, m {m}, {activation}, pooled {pooled}: {dtype}, tf32 {tf32}": partial(
         feedback, dtype, tf32, shape, m, activation, pooled
     )
-    for dtype, tf32 in DTYPES[::2] + DTYPES[3:]
+    for dtype, tf32 in DTYPES
     for shape, m, activation, pooled in (
-        ((1024,), 10, "tanh", False),
         ((1000,), 1000, "gelu", False),
         ((16, 8, 8), 10, "identity", True),
-        ((64, 8, 8), 100, "gelu", True),
-        ((96, 8, 8), 100, "relu", True),
-        ((256, 8, 8), 16, "tanh", True),
+        ((96, 8, 8), 100, "gelu", True),
     )
 }
 LAUNCHES |= {
     f"update of B, {form}, m {m}, tf32 {tf32}": partial(feedback_update, tf32, form, m)
-    for form in ("factors predicts", "M predicts", "G predicts", "factors", "M", "G", "predicts")
+    for form in ("factors predicts", "M predicts", "G", "predicts")
     for m in (10, 1000)
     for tf32 in (False, True)
 }
