@@ -129,7 +129,7 @@ def convolution_tile(
             m_p = m_h & (sample < rows)[:, None]
             tl.store(perturbed + o_h, (acc + xi).to(h.dtype.element_ty), mask=m_p)
             if ANTITHETIC:
-                o_h += rows.to(tl.int64) * size * outputs
+                o_h += tl.cast(rows, tl.int64) * size * outputs
                 tl.store(perturbed + o_h, (acc - xi).to(h.dtype.element_ty), mask=m_p)
         elif not clean:
             sign = tl.full([BM], 1.0, tl.float32)

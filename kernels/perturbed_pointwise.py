@@ -119,7 +119,7 @@ def pointwise_tile(
             mask &= (sample < rows)[:, None]
             tl.store(perturbed + o_h, (activity + xi).to(h.dtype.element_ty), mask=mask)
             if ANTITHETIC:
-                o_h += rows.to(tl.int64) * size * channels
+                o_h += tl.cast(rows, tl.int64) * size * channels
                 tl.store(perturbed + o_h, (activity - xi).to(h.dtype.element_ty), mask=mask)
         elif not clean:
             sign = tl.full([BM], 1.0, tl.float32)

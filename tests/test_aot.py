@@ -72,17 +72,19 @@ def layer(
     kind: str = "gaussian",
     form: str = "",
     m: int = 10,
+    samples: int = 64,
 ) -> None:
-    """A Linear of ``inputs`` units, or a convolution of maps of that shape."""
+    """A Linear of ``inputs`` units, or a convolution of maps of that shape, half of its samples perturbed."""
     new = partial(torch.empty, dtype=dtype)
-    rows = 32 * (1 + antithetic)
-    x, weight = new(64, *inputs), new(outputs, inputs[0] // groups, *[3] * (len(inputs) - 1))
+    some = max(samples // 2, 1)
+    rows = some * (1 + antithetic)
+    x, weight = new(samples, *inputs), new(outputs, inputs[0] // groups, *[3] * (len(inputs) - 1))
     p, shape = None if first else new(rows, *inputs), (outputs, *inputs[1:])
-    h, perturbed, kept = new(64, *shape), new(rows, *shape), new(64, *shape) if activation == "gelu" else None
+    h, perturbed, kept = new(samples, *shape), new(rows, *shape), new(samples, *shape) if activation == "gelu" else None
     window = ((1, 1), (1, 1) if len(inputs) > 1 else (0, 0), (1, 1), groups)
-    key = (STEP, 1, 2, 32, 0.1, kind, antithetic, 0)
+    key = (STEP, 1, 2, some, 0.1, kind, antithetic, 0)
     with allowing_tf32(tf32):
-        plan = update(form, m, math.prod(shape), 32, kind, dtype)
+        plan = update(form, m, math.prod(shape), some, kind, dtype)
         for configuration in kernels.configurations(dtype):
             kernels.perturbed_conv2d(x, p, weight, new(outputs), *window, activation, *key, h, perturbed, kept, plan, configuration)
 
@@ -97,19 +99,21 @@ def pointwise(
     activation: str,
     antithetic: bool,
     first: bool,
+    samples: int = 64,
 ) -> None:
     new = partial(torch.empty, dtype=dtype)
-    rows = 32 * (1 + antithetic)
+    some = max(samples // 2, 1)
+    rows = some * (1 + antithetic)
     window = ("none", False, (1, 1), (1, 1), (0, 0)) if pool == "none" else (pool, False, (3, 3), (2, 2), (1, 1))
     behind = shape if pool == "none" else (shape[0], *((n - 1) // 2 + 1 for n in shape[1:]))
-    h, key = new(64, *behind), (STEP, 1, 2, 32, 0.1, "gaussian", antithetic, 0)
+    h, key = new(samples, *behind), (STEP, 1, 2, some, 0.1, "gaussian", antithetic, 0)
     kept = h if activation == "gelu" and pool != "avg" else None
     winner = torch.empty(h.shape, dtype=torch.uint8) if pool == "max" else None
     q, scales = None if first else new(rows, *shape), torch.empty(shape[0]) if scale else None
     with allowing_tf32(tf32):
-        plan = update(form, 10, math.prod(behind), 32, "gaussian", dtype)
+        plan = update(form, 10, math.prod(behind), some, "gaussian", dtype)
         kernels.perturbed_pointwise(
-            new(64, *shape), q, scales, scales, activation, *window, *key, h, new(rows, *behind), kept, winner, plan
+            new(samples, *shape), q, scales, scales, activation, *window, *key, h, new(rows, *behind), kept, winner, plan
         )
 
 
@@ -189,6 +193,22 @@ LAUNCHES |= {
     for m in (10, 1000)
     for tf32 in (False, True)
 }
+# Triton makes a constant of an argument that is 1
+ONES = ((torch.bfloat16, False, (1,)), (torch.bfloat16, False, (1, 1, 1)))
+LAUNCHES |= {
+    f"sizes of one, {len(given[2])} dimensions, first {first}": partial(
+        layer, *given, outputs=1, first=first, antithetic=True, form="factors predicts", m=1, samples=1
+    )
+    for given in ONES
+    for first in (False, True)
+}
+LAUNCHES |= {
+    f"pointwise, sizes of one, first {first}": partial(
+        pointwise, torch.bfloat16, False, "max", (1, 1, 1), False, "M predicts", "gelu", True, first, samples=1
+    )
+    for first in (False, True)
+}
+LAUNCHES |= {"feedback, sizes of one": partial(feedback, torch.bfloat16, False, (1, 1, 1), 1, "relu", True)}
 
 
 @triton.jit
