@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fbkernels.kernels import tuning
 from fbkernels.kernels.activation import derivative
 from fbkernels.kernels.feedback_update import precision
 
@@ -72,6 +73,7 @@ def feedback_kernel(
     tl.store(delta + o_d, acc.to(delta.dtype.element_ty), mask=mask)
 
 
+@tuning.on_device
 def feedback(
     e: Tensor,
     B: Tensor,

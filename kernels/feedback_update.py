@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fbkernels.kernels import tuning
 from fbkernels.kernels.noise import noise_tile, shared
 
 
@@ -187,6 +188,7 @@ def plan(
     return Update(tiles, new, parts, arguments)
 
 
+@tuning.on_device
 def feedback_update(update: Update, step: Tensor | None, seed: int, point: int, units: int, std: float, kind: str, offset: int) -> None:
     """The update in a launch of its own; ``step`` is the predicted one."""
     if update.tiles:

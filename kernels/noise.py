@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fbkernels.kernels import tuning
+
 
 @triton.jit
 def box_muller(a, b, std):
@@ -116,6 +118,7 @@ def noise_kernel(
     tl.store(out + o_n[:, None] * units + o_u[None, :], xi, mask=(o_n < samples)[:, None] & (o_u < units)[None, :])
 
 
+@tuning.on_device
 def noise(out: torch.Tensor, step: torch.Tensor, seed: int, point: int, std: float, kind: str, offset: int) -> None:
     """Fill ``out`` [samples, units] with the noise of the samples from ``offset`` on."""
     samples, units = out.shape

@@ -230,6 +230,7 @@ def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
 
+@tuning.on_device
 def perturbed_conv2d(
     x: Tensor,
     p: Tensor | None,

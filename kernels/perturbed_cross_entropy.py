@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fbkernels.kernels import tuning
+
 
 @triton.jit
 def expm1(x):
@@ -114,6 +116,7 @@ def perturbed_cross_entropy_kernel(
     tl.store(ok + i_n, good, mask=i_n < rows)
 
 
+@tuning.on_device
 def perturbed_cross_entropy(
     logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, scale: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

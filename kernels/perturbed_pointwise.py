@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fbkernels.kernels import tuning
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Update, update_tile
 from fbkernels.kernels.noise import noise_tile, shared
@@ -203,6 +204,7 @@ def perturbed_pointwise_kernel(
     # fmt: on
 
 
+@tuning.on_device
 def perturbed_pointwise(
     z: Tensor,
     q: Tensor | None,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fbkernels.kernels import tuning
+
 WHOLE, BLOCK = 128, 64  # rows that one launch inverts: at most, and of a larger matrix
 
 
@@ -58,6 +60,7 @@ def inverse(V: Tensor) -> Tensor:
     return A.neg_()
 
 
+@tuning.on_device
 def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """V, Q, M, G of ``fbkernels.reference.ridge_gain``; nothing synchronises, so a CUDA graph can hold it."""
     samples, m = R.shape[-2:]

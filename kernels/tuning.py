@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -19,6 +20,18 @@ import triton
 T = TypeVar("T")
 ROUNDS = 10
 _known: dict[tuple[int, str, tuple[Any, ...]], Any] = {}
+
+
+def on_device(launch: Callable[..., T]) -> Callable[..., T]:
+    """A launcher on the device of its first argument, a tensor or an update: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def run(first: Any, *args: Any, **kwargs: Any) -> T:
+        device = first.device if isinstance(first, torch.Tensor) else first.new.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return launch(first, *args, **kwargs)
+
+    return run
 
 
 @functools.cache
