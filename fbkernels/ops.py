@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -115,9 +116,17 @@ class Op:
 
     def __init__(self, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
         name = schema.partition("(")[0]
+        signature = inspect.signature(run)
+
+        def shaped(*args: Any, **kwargs: Any) -> Any:  # a fake names what it reads, out of up to thirty arguments
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            update = bound.arguments.pop("update", {})
+            return fake(**bound.arguments, **update)
+
         self.library.define(schema)
         self.library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fbkernels::{name}", fake, lib=self.library)
+        torch.library.register_fake(f"fbkernels::{name}", shaped, lib=self.library)
         self.run, self.registered = run, getattr(torch.ops.fbkernels, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,8 +161,8 @@ def _noise(
     return out if dtype == torch.float32 else out.to(dtype)
 
 
-def _noise_fake(step: Tensor, seed: int, point: int, samples: int, units: int, *_: Any, **options: Any) -> Tensor:
-    return step.new_empty(samples, units, dtype=options.get("dtype", torch.float32))
+def _noise_fake(step: Tensor, samples: int, units: int, dtype: torch.dtype, **_: Any) -> Tensor:
+    return step.new_empty(samples, units, dtype=dtype)
 
 
 _philox_noise = Op(
@@ -301,7 +310,7 @@ def _ride_fake(
     none = z.new_empty(0, dtype=torch.float32)
     if B is None:
         return none, none.clone()
-    return _feedback_update_fake(B, None, None, None, None, None, learned_step, z if predicts else None, 0, 0, rows, backend=backend)
+    return _feedback_update_fake(B=B, step=learned_step, predicted_step=z if predicts else None, predicted_rows=rows, backend=backend)
 
 
 def _pointwise(
@@ -405,29 +414,18 @@ def _pointwise_outputs(
 
 def _pointwise_fake(
     z: Tensor,
-    q: Tensor | None,
-    bias: Tensor | None,
     activation: str,
     pool: str,
-    pool_first: bool,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
-    step: Tensor,
-    seed: int,
-    point: int,
     rows: int,
-    std: float,
-    kind: str,
-    *,
-    scale: Tensor | None = None,
-    antithetic: bool = False,
-    offset: int = 0,
-    backend: str = "auto",
-    **update: Any,
+    antithetic: bool,
+    backend: str,
+    **rest: Any,
 ) -> tuple[Tensor, ...]:
     outputs = _pointwise_outputs(z, activation, pool, kernel_size, stride, padding, rows * (1 + antithetic))
-    return *outputs, *_ride_fake(z, rows, backend, **update)
+    return *outputs, *_ride_fake(z, rows, backend, **rest)
 
 
 perturbed_pointwise = Op(
@@ -501,27 +499,10 @@ def _linear(
     return *out[:3], *out[4:]
 
 
-def _linear_fake(
-    x: Tensor,
-    p: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    step: Tensor,
-    seed: int,
-    point: int,
-    rows: int,
-    std: float,
-    kind: str,
-    *,
-    antithetic: bool = False,
-    offset: int = 0,
-    backend: str = "auto",
-    **update: Any,
-) -> tuple[Tensor, ...]:
+def _linear_fake(x: Tensor, weight: Tensor, activation: str, rows: int, antithetic: bool, backend: str, **rest: Any) -> tuple[Tensor, ...]:
     z = x.new_empty(x.shape[0], weight.shape[0])
     h, perturbed, kept, _ = _pointwise_outputs(z, activation, "none", (1, 1), (1, 1), (0, 0), rows * (1 + antithetic))
-    return h, perturbed, kept, *_ride_fake(z, rows, backend, **update)
+    return h, perturbed, kept, *_ride_fake(z, rows, backend, **rest)
 
 
 perturbed_linear = Op(
@@ -579,34 +560,23 @@ def _conv2d(
 
 def _conv2d_fake(
     x: Tensor,
-    p: Tensor | None,
     weight: Tensor,
-    bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
     activation: str,
     pool: str,
-    pool_first: bool,
     kernel_size: Sequence[int],
     pool_stride: Sequence[int],
     pool_padding: Sequence[int],
-    step: Tensor,
-    seed: int,
-    point: int,
     rows: int,
-    std: float,
-    kind: str,
-    *,
-    antithetic: bool = False,
-    offset: int = 0,
-    backend: str = "auto",
-    **update: Any,
+    antithetic: bool,
+    backend: str,
+    **rest: Any,
 ) -> tuple[Tensor, ...]:
     z = x.new_empty(x.shape[0], weight.shape[0], *reference.conv_size(x.shape[2:], weight, stride, padding, dilation))
     outputs = _pointwise_outputs(z, activation, pool, kernel_size, pool_stride, pool_padding, rows * (1 + antithetic))
-    return *outputs, *_ride_fake(z, rows, backend, **update)
+    return *outputs, *_ride_fake(z, rows, backend, **rest)
 
 
 perturbed_conv2d = Op(
@@ -683,12 +653,12 @@ def _unpool(
 ) -> Tensor:
     if not _compiled(delta, backend):
         return _dense(reference.unpool(delta, winner, size, kernel_size, stride, padding))
-    out = _unpool_fake(delta, winner, size)
+    out = _unpool_fake(delta, size)
     _C.unpool(_maps(_dense(delta)), _maps(_dense(winner)), _maps(out), (*kernel_size, *stride, *padding), torch.get_num_threads())
     return out
 
 
-def _unpool_fake(delta: Tensor, winner: Tensor, size: Sequence[int], *_: Any, **__: Any) -> Tensor:
+def _unpool_fake(delta: Tensor, size: Sequence[int], **_: Any) -> Tensor:
     return torch.empty(*delta.shape[:2], *size, dtype=delta.dtype, device=delta.device, memory_format=torch.channels_last)
 
 
@@ -724,7 +694,7 @@ def _pooled_weight_gradient(
     return gradient.to(weight.dtype), bias.to(weight.dtype)
 
 
-def _pooled_weight_gradient_fake(delta: Tensor, winner: Tensor, x: Tensor, weight: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _pooled_weight_gradient_fake(weight: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
@@ -764,7 +734,7 @@ def _feedback(
                 raise ValueError(f"kept must be [samples, channels, height, width] where there is a winner, got shape {tuple(kept.shape)}")
             for name, pair, low in (("size", size, 1), ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0)):
                 _two(name, pair, low)
-        delta = _feedback_fake(e, B, kept, activation, winner=winner, size=size)
+        delta = _feedback_fake(kept, winner, size)
         if winner is not None:
             _check_window(delta, "max", kernel_size, padding)
             if tuple(winner.shape) != tuple(_behind(delta, len(delta), "max", *window[1:]).shape):
@@ -785,11 +755,9 @@ def _feedback(
     return delta if winner is None else _unpool(delta, winner, *window, backend=backend)
 
 
-def _feedback_fake(
-    e: Tensor, B: Tensor, kept: Tensor, activation: str, *, winner: Tensor | None = None, size: Sequence[int] = (), **_: Any
-) -> Tensor:
+def _feedback_fake(kept: Tensor, winner: Tensor | None, size: Sequence[int], **_: Any) -> Tensor:
     if winner is not None:
-        return _unpool_fake(kept, winner, size)
+        return _unpool_fake(kept, size)
     return torch.empty_like(kept, memory_format=torch.channels_last if kept.ndim == 4 else torch.contiguous_format)
 
 
@@ -854,20 +822,7 @@ def _feedback_update(
 
 
 def _feedback_update_fake(
-    B: Tensor,
-    M: Tensor | None,
-    G: Tensor | None,
-    R: Tensor | None,
-    Q: Tensor | None,
-    w: Tensor | None,
-    step: Tensor | None,
-    predicted_step: Tensor | None,
-    seed: int,
-    point: int,
-    predicted_rows: int,
-    *_: Any,
-    backend: str = "auto",
-    **__: Any,
+    B: Tensor, step: Tensor | None, predicted_step: Tensor | None, predicted_rows: int, backend: str, **_: Any
 ) -> tuple[Tensor, Tensor]:
     new = B.new_empty(0) if step is None else B.new_empty(B.shape)
     parts = -(-B.shape[0] // _TILE_UNITS) if _backend(B, backend) == "triton" and B.dtype == torch.float32 else 1
@@ -911,7 +866,7 @@ def _ridge_gain(
     return out
 
 
-def _ridge_gain_fake(R: Tensor, w: Tensor, V: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _ridge_gain_fake(R: Tensor, V: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return V.new_empty(V.shape), R.new_empty(R.shape), R.new_empty(V.shape), R.new_empty(R.shape)
 
 
@@ -949,7 +904,7 @@ def _perturbed_cross_entropy(
 
 
 def _perturbed_cross_entropy_fake(
-    logits: Tensor, perturbed: Tensor | None, target: Tensor, antithetic: bool, **_: Any
+    logits: Tensor, perturbed: Tensor | None, antithetic: bool, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     samples, K = logits.shape
     rows = samples if perturbed is None else perturbed.shape[0] // (1 + antithetic)
