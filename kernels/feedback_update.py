@@ -126,7 +126,7 @@ def feedback_update_kernel(
     # fmt: on
 
 
-class Update(NamedTuple):
+class Plan(NamedTuple):
     """B's update as a launch takes it: how many programs do it, what they fill, and the arguments of ``update_tile`` by name."""
 
     tiles: int
@@ -152,7 +152,7 @@ def plan(
     predicted_rows: int,
     kind: str,
     like: Tensor,
-) -> Update:
+) -> Plan:
     """Allocate the new B (none where ``learned_step`` is None) and the partial predictions (none where no rows are predicted)."""
     new, parts = like.new_empty(0, dtype=torch.float32), like.new_empty(0, dtype=torch.float32)
     BU = 64
@@ -185,11 +185,11 @@ def plan(
         "BC": min(max(16, triton.next_power_of_2(m)), 128 if precision() == "tf32" else 64),
         "BL": 16,
     }
-    return Update(tiles, new, parts, arguments)
+    return Plan(tiles, new, parts, arguments)
 
 
 @tuning.on_device
-def feedback_update(update: Update, step: Tensor | None, seed: int, point: int, units: int, std: float, kind: str, offset: int) -> None:
+def feedback_update(update: Plan, step: Tensor | None, seed: int, point: int, units: int, std: float, kind: str, offset: int) -> None:
     """The update in a launch of its own; ``step`` is the predicted one."""
     if update.tiles:
         # without maxnreg ptxas spills a few for the sake of occupancy

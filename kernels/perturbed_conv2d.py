@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fbkernels.kernels import tuning
 from fbkernels.kernels.activation import phi
-from fbkernels.kernels.feedback_update import Update, precision, update_tile
-from fbkernels.kernels.noise import noise_tile, shared
+from fbkernels.kernels.feedback_update import Plan, precision, update_tile
+from fbkernels.kernels.noise import shared, store_perturbed
 
 
 @triton.jit
@@ -124,20 +124,12 @@ def convolution_tile(
         tl.store(h + o_h, acc.to(h.dtype.element_ty), mask=m_h)
     if perturbed is not None:
         unit = (position * outputs + group * group_outputs).to(tl.int64) + i_n % columns * BN
-        if p is None:
-            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * outputs, KIND, SHARED, BN)
-            m_p = m_h & (sample < rows)[:, None]
-            tl.store(perturbed + o_h, (acc + xi).to(h.dtype.element_ty), mask=m_p)
-            if ANTITHETIC:
-                o_h += tl.cast(rows, tl.int64) * size * outputs
-                tl.store(perturbed + o_h, (acc - xi).to(h.dtype.element_ty), mask=m_p)
-        elif not clean:
-            sign = tl.full([BM], 1.0, tl.float32)
-            if ANTITHETIC:
-                sign = tl.where(sample < rows, 1.0, -1.0)
-                sample %= rows
-            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * outputs, KIND, SHARED, BN)
-            tl.store(perturbed + o_h, (acc + sign[:, None] * xi).to(h.dtype.element_ty), mask=m_h)
+        # fmt: off
+        store_perturbed(
+            perturbed, acc, clean, sample, unit, o_h, m_h, size * outputs, rows, step, seed, point, std, offset, p is None, ANTITHETIC,
+            KIND, SHARED, BN,
+        )
+        # fmt: on
 
 
 @triton.jit(do_not_specialize=["seed", "point", "offset"])
@@ -252,7 +244,7 @@ def perturbed_conv2d(
     h: Tensor,
     perturbed: Tensor | None,
     kept: Tensor | None,
-    update: Update,
+    update: Plan,
     configuration: dict[str, int],
 ) -> None:
     """Fill h, perturbed and kept, channels-last maps or, of a linear layer, matrices."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fbkernels.kernels import tuning
 from fbkernels.kernels.activation import phi
-from fbkernels.kernels.feedback_update import Update, update_tile
-from fbkernels.kernels.noise import noise_tile, shared
+from fbkernels.kernels.feedback_update import Plan, update_tile
+from fbkernels.kernels.noise import shared, store_perturbed
 
 
 @triton.jit
@@ -115,20 +115,12 @@ def pointwise_tile(
             tl.store(winner + o_h, place.to(tl.uint8), mask=mask)
     if perturbed is not None:
         unit = (position * channels).to(tl.int64) + i_n * BN
-        if q is None:
-            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * channels, KIND, SHARED, BN)
-            mask &= (sample < rows)[:, None]
-            tl.store(perturbed + o_h, (activity + xi).to(h.dtype.element_ty), mask=mask)
-            if ANTITHETIC:
-                o_h += tl.cast(rows, tl.int64) * size * channels
-                tl.store(perturbed + o_h, (activity - xi).to(h.dtype.element_ty), mask=mask)
-        elif not clean:
-            sign = tl.full([BM], 1.0, tl.float32)
-            if ANTITHETIC:
-                sign = tl.where(sample < rows, 1.0, -1.0)
-                sample %= rows
-            xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, size * channels, KIND, SHARED, BN)
-            tl.store(perturbed + o_h, (activity + sign[:, None] * xi).to(h.dtype.element_ty), mask=mask)
+        # fmt: off
+        store_perturbed(
+            perturbed, activity, clean, sample, unit, o_h, mask, size * channels, rows, step, seed, point, std, offset, q is None,
+            ANTITHETIC, KIND, SHARED, BN,
+        )
+        # fmt: on
 
 
 @triton.jit(do_not_specialize=["seed", "point", "offset"])
@@ -228,7 +220,7 @@ def perturbed_pointwise(
     perturbed: Tensor | None,
     kept: Tensor | None,
     winner: Tensor | None,
-    update: Update,
+    update: Plan,
 ) -> None:
     """Fill h, perturbed, kept and winner, channels-last maps or matrices."""
     (height, width, channels), (out_height, out_width, _) = (
