@@ -52,10 +52,12 @@ def find_nvcc() -> Nvcc:
 
 
 def cuda_toolkit() -> Nvcc | str:
-    """The toolkit that ``FBK_CUDA=0|1|auto`` asks for, or why there is none."""
+    """The toolkit that ``FBK_CUDA=0|1|auto|emulated`` asks for, or why there is none; emulated, g++ stands in for it."""
     choice = os.environ.get("FBK_CUDA", "auto")
-    if choice not in ("0", "1", "auto"):
+    if choice not in ("0", "1", "auto", "emulated"):
         raise ValueError(f"FBK_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "emulated":
+        return Nvcc(CXX, "emulated", ())
     if choice == "0":
         return "FBK_CUDA=0 when it was built"
     try:
@@ -84,7 +86,9 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         config = {"FBK_VERSION": self.distribution.get_version()}
         config |= {"FBK_CUDA_OFF": cuda} if isinstance(cuda, str) else {"FBK_NVCC": cuda.release, "FBK_CUDA_ARCHS": archs}
-        write_if_changed(build / "build_config.h", "".join(f'#define {name} "{value}"\n' for name, value in config.items()))
+        device = "dl_cpu" if isinstance(cuda, Nvcc) and cuda.release == "emulated" else "dl_cuda"
+        defines = [f'#define {name} "{value}"\n' for name, value in config.items()]
+        write_if_changed(build / "build_config.h", "".join((*defines, f"#define FBK_GPU fbk::{device}\n")))
         print(f"fbkernels: CUDA off, {cuda}" if isinstance(cuda, str) else f"fbkernels: CUDA {cuda.release}, {archs}", flush=True)
 
         cxx = f"{CXX} -MD -MF $out.d {CXXFLAGS} {SANITIZE}"
@@ -107,12 +111,15 @@ class NinjaBuild(build_ext):
                 compile("cxx", source)
         libs = ""
         if isinstance(cuda, Nvcc):
-            command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
+            if cuda.release == "emulated":  # for tests: blocks and threads on the CPU, on tensors that are there
+                command = f"{cxx} -Wno-clobbered -I{Path('tests/emulation').resolve()} -x c++ -c $in -o $out"
+            else:
+                command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
+                # static, so that the module imports where there is no CUDA
+                libs = shlex.join((*cuda.libraries, "-l:libcudart_static.a", "-ldl", "-lpthread", "-lrt"))
             lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
             for source in sorted(Path("csrc").resolve().glob("*.cu")):
                 compile("nvcc", source)
-            # static, so that the module imports where there is no CUDA
-            libs = shlex.join((*cuda.libraries, "-l:libcudart_static.a", "-ldl", "-lpthread", "-lrt"))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}\n  libs = {libs}\n")

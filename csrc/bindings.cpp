@@ -57,6 +57,20 @@ static Enum named(const char* argument, const std::string& name, std::initialize
   return Enum(found - names.begin());
 }
 
+#ifdef FBK_NVCC
+#define FBK_CUDA(...) fbk::__VA_ARGS__
+#else
+#define FBK_CUDA(...) throw std::runtime_error("fbkernels._C was compiled without CUDA: " FBK_CUDA_OFF)
+#endif
+
+// Calls with the device of a tensor on a GPU and the stream that torch uses there.
+template <class Launch>
+static void on_gpu(const TensorView& t, Launch call) {
+  void* stream = t.stream();
+  py::gil_scoped_release release;
+  call(t.device.id, stream);
+}
+
 // The noise of SPEC 6 without its place: what the Python side hands to every kernel that regenerates it.
 struct NoiseKey {
   const TensorView& step;
@@ -92,16 +106,8 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
   auto [p, k] =
       NoiseKey{step, seed, point, std, kind, offset}.params("out", out, out.ptr<float>(), out.shape[0], out.shape[1]);
   if (out.numel() == 0) return;
-  if (out.device.type == fbk::dl_cuda) {
-#ifdef FBK_NVCC
-    void* stream = out.stream();
-    py::gil_scoped_release release;
-    fbk::noise_cuda(p, k, out.device.id, stream);
-    return;
-#else
-    throw std::runtime_error("fbkernels._C was compiled without CUDA: " FBK_CUDA_OFF);
-#endif
-  }
+  if (out.device.type == FBK_GPU)
+    return on_gpu(out, [&](int device, void* stream) { FBK_CUDA(noise_cuda(p, k, device, stream)); });
   require(out.device.type == fbk::dl_cpu, "out must be on the CPU or on a CUDA device");
   fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;

@@ -1,46 +1,37 @@
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "cuda.h"
 #include "noise.h"
 
 namespace fbk {
 
-static void check(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
-}
+namespace {
 
-struct DeviceGuard {
-  int previous;
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous));
-    check(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { cudaSetDevice(previous); }
+struct NoiseLaunch {
+  NoiseParams noise;
+  int64_t threads;
 };
 
 template <NoiseKind kind>
-__global__ void noise_kernel(NoiseParams p, int64_t threads) {
+__global__ void noise_kernel(NoiseLaunch p) {
   int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < threads; t += stride) noise_thread<kind>(p, t);
+  for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < p.threads; t += stride)
+    noise_thread<kind>(p.noise, t);
 }
 
 template <NoiseKind kind>
-static void launch(const NoiseParams& p, cudaStream_t stream) {
+void run(const NoiseParams& p, void* stream) {
   int64_t threads = p.samples * p.per_sample(kind) * threads_per_counter<kind>;
   constexpr int block = 256;
-  auto grid = unsigned(std::min<int64_t>((threads + block - 1) / block, 0x7fffffff));
-  if (grid > 0) noise_kernel<kind><<<grid, block, 0, stream>>>(p, threads);
-  check(cudaGetLastError());
+  launch(noise_kernel<kind>, std::min<int64_t>((threads + block - 1) / block, 0x7fffffff), block, 0, stream,
+         NoiseLaunch{p, threads});
 }
+
+}  // namespace
 
 void noise_cuda(const NoiseParams& p, NoiseKind kind, int device, void* stream) {
   DeviceGuard guard(device);
-  if (kind == NoiseKind::gaussian) {
-    launch<NoiseKind::gaussian>(p, cudaStream_t(stream));
-  } else {
-    launch<NoiseKind::rademacher>(p, cudaStream_t(stream));
-  }
+  kind == NoiseKind::gaussian ? run<NoiseKind::gaussian>(p, stream) : run<NoiseKind::rademacher>(p, stream);
 }
 
 }  // namespace fbk

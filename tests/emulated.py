@@ -1,0 +1,42 @@
+"""The compiled part with csrc/*.cu for g++: blocks and threads run on the CPU, on tensors that are there."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+
+
+@functools.cache
+def compiled() -> ModuleType:
+    """fbkernels._C of this source with ``FBK_CUDA=emulated``, built once by whoever comes first and kept in the temporary folder."""
+    sources = sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "tests" / "emulation").iterdir()])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    build = Path(tempfile.gettempdir()) / f"fbkernels-emulated-{os.getuid()}"
+    build.mkdir(exist_ok=True)
+    library = build / digest
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(build / "lib"), "--build-temp", str(build / "objects")]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ | {"FBK_CUDA": "emulated"}, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the emulated build failed:\n{done.stdout}{done.stderr}")
+            (found,) = (build / "lib" / "fbkernels").glob("_C*.so")
+            library.mkdir()
+            found.rename(library / found.name)
+    (found,) = library.glob("_C*.so")
+    spec = importlib.util.spec_from_file_location("emulated._C", found)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
