@@ -60,8 +60,11 @@ static Enum named(const char* argument, const std::string& name, std::initialize
 #ifdef FBK_NVCC
 #define FBK_CUDA(...) fbk::__VA_ARGS__
 #else
-#define FBK_CUDA(...) throw std::runtime_error("fbkernels._C was compiled without CUDA: " FBK_CUDA_OFF)
+#define FBK_CUDA(...) \
+  (void)device, (void)stream, throw std::runtime_error("fbkernels._C was compiled without CUDA: " FBK_CUDA_OFF)
 #endif
+
+static bool is_gpu(const TensorView& t) { return t.device.type == FBK_GPU; }
 
 // Calls with the device of a tensor on a GPU and the stream that torch uses there.
 template <class Launch>
@@ -120,10 +123,16 @@ static std::string shape_text(const std::vector<int64_t>& shape) {
   return text.empty() ? "[]" : text + "]";
 }
 
-// A dense CPU tensor of the shape; the caller has made it so, and a view that is not would be read past its end.
+// A dense tensor of the shape on the device of another, or on the CPU; the caller has made it so, and a view that is
+// not would be read past its end.
 static void expect(const char* argument, const TensorView& t, const std::vector<int64_t>& shape, uint8_t code,
-                   uint8_t bits) {
-  require(t.device.type == fbk::dl_cpu, std::string(argument) + " must be on the CPU");
+                   uint8_t bits, const TensorView* like = nullptr) {
+  if (like == nullptr || like == &t)
+    require(t.device.type == fbk::dl_cpu || (like && is_gpu(t)),
+            std::string(argument) + " must be on the CPU" + (like ? " or on a CUDA device" : ""));
+  else
+    require(t.device.type == like->device.type && t.device.id == like->device.id,
+            std::string(argument) + " must be on the device of the other tensors");
   require(t.dtype.code == code && t.dtype.bits == bits && t.dtype.lanes == 1,
           std::string(argument) + " has the wrong dtype");
   std::vector<int64_t> got(t.shape, t.shape + t.ndim);
@@ -378,13 +387,15 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
 
 using Views = std::vector<TensorView>;
 
-static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
-                      const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
-                      double forgetting, bool downdate, const std::string& optimizer, double lr, double noise_std,
-                      const std::string& noise, uint64_t seed, int64_t warmup, const Views& weights,
-                      const Views& biases, const Views& weight_state, const Views& bias_state, const Views& B,
-                      const Views& statistics, const TensorView& x, const TensorView& y, const TensorView& rows,
-                      const TensorView& losses, const TensorView& counters, int threads, const std::string& simd) {
+// Returns the bytes of scratch that it needs and has not got, or 0 where it has trained.
+static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
+                         const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
+                         double forgetting, bool downdate, const std::string& optimizer, double lr, double noise_std,
+                         const std::string& noise, uint64_t seed, int64_t warmup, const Views& weights,
+                         const Views& biases, const Views& weight_state, const Views& bias_state, const Views& B,
+                         const Views& statistics, const TensorView& x, const TensorView& y, const TensorView& rows,
+                         const TensorView& losses, const TensorView& counters, const TensorView& scratch, int threads,
+                         int blocks, const std::string& simd) {
   auto positive = [](const char* name, double v) {
     require(std::isfinite(float(v)) && v > 0, std::string(name) + " must be finite and > 0, got " + std::to_string(v));
   };
@@ -405,10 +416,12 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
   positive("lr", lr), positive("noise_std", noise_std), positive("rule_rate", rule_rate);
   require(forgetting > 0 && forgetting <= 1, "forgetting must be in (0, 1], got " + std::to_string(forgetting));
   require(!downdate || forgetting == 1, "downdate needs forgetting = 1");
-  expect("counters", counters, {2}, fbk::dl_int, 64);
-  const int64_t step = counters.ptr<int64_t>()[0];
+  expect("counters", counters, {3}, fbk::dl_int, 64, &counters);
+  const bool gpu = is_gpu(counters);
+  const int64_t step = gpu ? 0 : counters.ptr<int64_t>()[0];
   require(warmup >= 0 && step >= 0 && step < INT64_MAX / 2, "warmup and step must be >= 0");
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  require(blocks >= 0, "blocks must be >= 0, got " + std::to_string(blocks));
   p.layerwise = layerwise, p.downdate = downdate, p.rule_rate = rule_rate, p.forgetting = forgetting;
   p.lr = float(lr), p.noise_std = float(noise_std), p.seed = seed, p.step = step, p.warmup = warmup;
 
@@ -422,8 +435,8 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
   count("biases", biases.size(), layers), count("weight_state", weight_state.size(), states);
   count("bias_state", bias_state.size(), states), count("B", B.size(), has_B ? hidden : 0);
   count("statistics", statistics.size(), !ridge ? 0 : layerwise ? hidden : 1);
-  auto single = [](const char* name, const TensorView& t, const std::vector<int64_t>& shape) {
-    expect(name, t, shape, fbk::dl_float, 32);
+  auto single = [&](const char* name, const TensorView& t, const std::vector<int64_t>& shape) {
+    expect(name, t, shape, fbk::dl_float, 32, &counters);
     return t.ptr<float>();
   };
   const int64_t copies = p.optimizer == fbk::Optimizer::adam ? 2 : 1, outputs = sizes.back();
@@ -442,7 +455,7 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
     int64_t m = layer.regressors = layerwise ? sizes[l + 2] : outputs;
     if (has_B) layer.B = single("B", B[l], {units, m});
     if (l < statistics.size()) {
-      expect("statistics", statistics[l], {m, m}, fbk::dl_float, 64);
+      expect("statistics", statistics[l], {m, m}, fbk::dl_float, 64, &counters);
       layer.statistics = statistics[l].ptr<double>();
     }
   }
@@ -453,17 +466,17 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
   const int64_t samples = x.shape[0];
   p.x = single("x", x, {samples, sizes[0]});
   if (y.ndim == 1 || p.loss == fbk::Loss::cross_entropy) {
-    expect("y", y, {samples}, fbk::dl_int, 64);
+    expect("y", y, {samples}, fbk::dl_int, 64, &counters);
     p.labels = y.ptr<int64_t>();
   } else {
     p.target = single("y", y, {samples, outputs});
   }
   p.steps = rows.shape[0], p.batch = rows.shape[1];
-  expect("rows", rows, {p.steps, p.batch}, fbk::dl_int, 64);
-  expect("losses", losses, {p.steps}, fbk::dl_float, 64);
+  expect("rows", rows, {p.steps, p.batch}, fbk::dl_int, 64, &counters);
+  expect("losses", losses, {p.steps}, fbk::dl_float, 64, &counters);
   p.rows = rows.ptr<int64_t>(), p.losses = losses.ptr<double>();
   require(p.batch >= 1 && p.batch <= INT32_MAX, "a batch must have 1 to 2^31 - 1 samples");
-  for (int64_t i = 0; i < rows.numel(); ++i) {
+  for (int64_t i = 0; !gpu && i < rows.numel(); ++i) {
     require(p.rows[i] >= 0 && p.rows[i] < samples,
             "rows must be in [0, " + std::to_string(samples) + "), got " + std::to_string(p.rows[i]));
     if (p.labels != nullptr) {
@@ -473,18 +486,25 @@ static void fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::
     }
   }
   fbk::Simd path = simd_named(simd);
-  if (p.steps == 0) return;
+  if (p.steps == 0) return 0;
+  if (gpu) {
+    int64_t missing = 0;
+    expect("scratch", scratch, {scratch.numel()}, fbk::dl_uint, 8, &counters);
+    on_gpu(counters, [&](int device, void* stream) {
+      FBK_CUDA(fused_mlp_cuda(p, counters.ptr<int64_t>(), scratch.ptr<char>(), scratch.numel(), blocks, device, stream,
+                              missing));
+    });
+    return missing;
+  }
   fbk::FusedMlpResult result;
   {
     py::gil_scoped_release release;
     result = fbk::fused_mlp_cpu(p, path, threads);
   }
-  counters.ptr<int64_t>()[1] += result.skipped;
   counters.ptr<int64_t>()[0] += result.steps;
-  if (result.steps < p.steps)
-    throw std::runtime_error("the ridge regression of step " + std::to_string(step + result.steps - 1) +
-                             " is beyond float64: |r|^2 is too large for gamma = " + std::to_string(rule_rate) +
-                             ", so choose a larger gamma or a smaller lr");
+  counters.ptr<int64_t>()[1] += result.skipped;
+  counters.ptr<int64_t>()[2] = result.failed;
+  return 0;
 }
 
 static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {
@@ -581,8 +601,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("fused_mlp", &fused_mlp, py::kw_only(), "sizes"_a, "activations"_a, "loss"_a, "layerwise"_a, "rule"_a,
         "rule_rate"_a, "forgetting"_a, "downdate"_a, "optimizer"_a, "lr"_a, "noise_std"_a, "noise"_a, "seed"_a,
         "warmup"_a, "weights"_a, "biases"_a, "weight_state"_a, "bias_state"_a, "B"_a, "statistics"_a, "x"_a, "y"_a,
-        "rows"_a, "losses"_a, "counters"_a, "threads"_a = 1, "simd"_a = "",
-        "Trains in place for a step per row of rows; counters are the steps and the samples that were not finite.");
+        "rows"_a, "losses"_a, "counters"_a, "scratch"_a, "threads"_a = 1, "blocks"_a = 0, "simd"_a = "",
+        "Trains in place for a step per row of rows; counters are the steps, the samples that were not finite and "
+        "whether "
+        "a ridge failed. On a GPU it returns the bytes of scratch that are missing, and then has not trained.");
   m.def("shuffle", &shuffle, "out"_a, "seed"_a, "epoch"_a, "Fills out (int64) with the order of an epoch.");
   m.def("ridge_gain", &ridge_gain, "R"_a, "w"_a, "V"_a, "V_out"_a, "Q"_a, "M"_a, "G"_a, "scratch"_a, "gamma"_a,
         "forgetting"_a, "simd"_a = "", "A batch of recursive least squares: V, Q = D R V^-1, M = R^T Q and G = w * Q.");

@@ -46,6 +46,8 @@ struct FusedMlpParams {
   FBK_INLINE bool perturbs() const { return rule != MlpRule::fixed && rule != MlpRule::weight_transport; }
   FBK_INLINE bool joint() const { return rule == MlpRule::joint_loss || rule == MlpRule::joint_output; }
   FBK_INLINE int regressions() const { return !perturbs() ? 0 : layerwise ? layers - 1 : 1; }
+  // of the matrix that a ridge factors
+  FBK_INLINE int64_t order(int r) const { return downdate ? batch : layer[r].regressors; }
 };
 
 // What a run needs besides: activities and the like are [units, columns], a column a sample, padded to whole vectors.
@@ -96,7 +98,7 @@ struct MlpScratch {
       const int64_t m = p.layer[r].regressors;
       take(gain[r], n * m);
       if (p.rule != MlpRule::ridge) continue;
-      const int64_t k = p.downdate ? n : m;  // the order of what is factored
+      const int64_t k = p.order(r);
       take(R[r], m * pad), take(S[r], k * k), take(inverse[r], k * k);
       take(U[r], m * pad);
       if (p.downdate) take(Ut[r], m * n), take(T[r], m * n), take(part[r], slices * m * pad);
@@ -111,10 +113,16 @@ struct MlpScratch {
 
 struct FusedMlpResult {
   int64_t skipped;  // samples whose loss or loss change was not finite
-  int64_t steps;    // taken: fewer than asked for where float64 does not carry a ridge; the last then left B alone
+  int64_t steps;    // taken
+  bool failed;      // float64 does not carry a ridge; the last step then left B alone
 };
 
 FusedMlpResult fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads);
+// Everything is on the device, p.step too: counters are the steps, the skipped samples, and whether a ridge failed.
+// With 0 blocks it chooses their number, which changes no bit. Where scratch [bytes] does not do, it says what is
+// missing.
+void fused_mlp_cuda(const FusedMlpParams& p, int64_t* counters, char* scratch, int64_t bytes, int blocks, int device,
+                    void* stream, int64_t& missing);
 // out <- the order of an epoch: the stable argsort of the Philox words of (seed, epoch, point 2^32 - 1), one a sample
 void shuffle_cpu(int64_t* out, int64_t samples, uint64_t seed, int64_t epoch);
 

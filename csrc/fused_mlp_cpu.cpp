@@ -27,7 +27,8 @@ FusedMlpResult fused_mlp_cpu(const FusedMlpParams& p, Simd simd, int threads) {
     FBK_SIMD_CALL(simd, fused_mlp(p, scratch, omp_get_thread_num(), omp_get_num_threads()));
   }
   MlpScratch scratch(p, memory.get(), threads);
-  return {*scratch.skipped, *scratch.taken};
+  return {*scratch.skipped, *scratch.taken,
+          std::any_of(scratch.failed, scratch.failed + p.layers, [](bool b) { return b; })};
 }
 
 void shuffle_cpu(int64_t* out, int64_t samples, uint64_t seed, int64_t epoch) {

@@ -97,9 +97,11 @@ def fused_mlp(
     rows: Tensor,
     losses: Tensor,
     counters: Tensor,
+    scratch: Tensor,
     threads: int = 1,
+    blocks: int = 0,
     simd: str = "",
-) -> None: ...
+) -> int: ...
 def shuffle(out: Tensor, seed: int, epoch: int) -> None: ...
 def ridge_gain(
     R: Tensor,

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class FusedMLP:
         noise_std, noise, seed, warmup: as for ``convert``.
         optimizer: "sgd", "momentum" (0.9) or "adam" (betas 0.9 and 0.999, eps 1e-8), with torch's formulas.
         lr: > 0.
-        device: "cpu".
+        device: "cpu" or a CUDA device, on which the whole training step is one cooperative kernel, and many steps a launch.
 
     Attributes:
-        weights, biases: W [units, inputs] and b [units] of each layer, float32. W starts from N(0, 2 / inputs), b from 0.
+        weights, biases: W [units, inputs] and b [units] of each layer, float32, on the device. W starts from N(0, 2 / inputs), b from 0.
         B: of each hidden layer, [units, units of the next layer] in layerwise, [units, outputs] in direct; W^T with WeightTransport.
             Training changes these tensors in place, and what is written into them counts.
         step: training steps so far, those of the warm-up included.
@@ -65,7 +65,7 @@ class FusedMLP:
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what was expected.
-        RuntimeError: device="cuda", which is not there yet.
+        RuntimeError: a CUDA device that torch or this build does not have, and why.
     """
 
     def __init__(
@@ -112,27 +112,36 @@ class FusedMLP:
         self.lr = float(positive("lr", lr))
         self.warmup = integer("warmup", warmup, 0)
         self.seed = integer("seed", seed, 0)
-        kind = torch.device(device).type
-        if kind != "cpu":
-            raise RuntimeError(f"device must be 'cpu', got {str(device)!r}: FusedMLP has no kernels for {kind} yet")
-        self._counters = torch.zeros(2, dtype=torch.int64)  # advanced in compiled code, which Ctrl-C cannot part from the weights
+        self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
+        state = ops.backends()["cuda"]
+        if self.device.type == "cuda" and not state.startswith("available"):
+            raise RuntimeError(f"device={str(device)!r} cannot be had: CUDA is {state}")
+        # steps, skipped samples and whether a ridge failed; advanced in compiled code, which Ctrl-C cannot part from the weights
+        self._counters = torch.zeros(3, dtype=torch.int64, device=self.device)
+
+        def put(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(t.to(self.device) for t in tensors)
 
         shapes = list(zip(self.sizes[1:], self.sizes[:-1], strict=True))
         generator = torch.Generator().manual_seed(self.seed)
-        self.weights = tuple(torch.randn(shape, generator=generator) * math.sqrt(2 / shape[1]) for shape in shapes)
-        self.biases = tuple(torch.zeros(units) for units, _ in shapes)
+        self.weights = put(torch.randn(shape, generator=generator) * math.sqrt(2 / shape[1]) for shape in shapes)
+        self.biases = put(torch.zeros(units) for units, _ in shapes)
         regressors = self.sizes[2:] if feedback == "layerwise" else self.sizes[-1:] * (layers - 1)
         last = torch.tensor(_LAST)
-        self._B = tuple(
+        self._B = put(
             rule.start(ops.noise(last, self.seed, index, units, m, 1.0, "gaussian"), feedback == "layerwise").contiguous()
             for index, (units, m) in enumerate(zip(self.sizes[1:-1], regressors, strict=True))
             if rule.learned
         )
         states = _STATES[optimizer]
-        self._weight_state = tuple(torch.zeros(states, *shape) for shape in shapes) if states else ()
-        self._bias_state = tuple(torch.zeros(states, shape[0]) for shape in shapes) if states else ()
+        self._weight_state = put(torch.zeros(states, *shape) for shape in shapes if states)
+        self._bias_state = put(torch.zeros(states, shape[0]) for shape in shapes if states)
         orders = () if not isinstance(rule, Ridge) else regressors if feedback == "layerwise" else regressors[:1]
-        self._V = tuple(rule.gamma * torch.eye(m, dtype=torch.float64) for m in orders) if isinstance(rule, Ridge) else ()
+        self._V = put(rule.gamma * torch.eye(m, dtype=torch.float64) for m in orders if isinstance(rule, Ridge))
+        self._scratch = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._blocks = 0  # of a launch; 0 leaves it to the kernel
         self._inverted = False  # whether _V holds P = V^-1, which is cheaper to keep than V where a batch is small
         self._chunk = 1024  # samples between two looks for Ctrl-C
         self._simd = ""
@@ -174,7 +183,7 @@ class FusedMLP:
         Ctrl-C stops between two steps; ``step`` counts those that were taken, and another call goes on from there.
 
         Args:
-            x: float32 [n, sizes[0]], contiguous, on the CPU; read in place.
+            x: float32 [n, sizes[0]], contiguous, on the network's device; read in place.
             y: with "cross_entropy" int64 classes [n]; with "mse" float32 targets [n, sizes[-1]] or int64 classes, taken as one-hot.
             steps: >= 0.
             batch_size: in [1, n].
@@ -190,7 +199,7 @@ class FusedMLP:
         integer("batch_size", batch_size, 1, len(x))
         integer("every", every, 1)
         self._choose_statistics(batch_size)
-        losses = torch.empty(steps, dtype=torch.float64)
+        losses = torch.empty(steps, dtype=torch.float64, device=self.device)
         done = 0
         while done < steps:
             count = min(max(1, self._chunk // batch_size), steps - done)
@@ -209,7 +218,7 @@ class FusedMLP:
         rule = self.rule
         name = {Ridge: "ridge", LMS: "lms", Fixed: "fixed", WeightTransport: "weight_transport"}.get(type(rule))
         before = self.skipped
-        _C.fused_mlp(
+        call: Callable[[], int] = lambda: _C.fused_mlp(
             sizes=self.sizes,
             activations=self.activations,
             loss=self.loss,
@@ -235,11 +244,23 @@ class FusedMLP:
             rows=rows,
             losses=losses,
             counters=self._counters,
+            scratch=self._scratch,
             threads=torch.get_num_threads(),
+            blocks=self._blocks,
             simd=self._simd,
         )
-        if self.skipped and not before:
-            warnings.warn(f"{self.skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
+        if missing := call():
+            self._scratch = torch.zeros(missing, dtype=torch.uint8, device=self.device)
+            call()
+        step, skipped, failed = self._counters.tolist()
+        if failed:
+            self._counters[2] = 0
+            raise RuntimeError(
+                f"the ridge regression of step {step - 1} is beyond float64: |r|^2 is too large for gamma = {rule.gamma}, "  # type: ignore[attr-defined]
+                "so choose a larger gamma or a smaller lr"
+            )
+        if skipped and not before:
+            warnings.warn(f"{skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
 
     def _rows(self, step: int, steps: int, batch: int, samples: int) -> Tensor:
         first, last = step * batch, (step + steps) * batch
@@ -249,7 +270,7 @@ class FusedMLP:
             if self._order[:2] != (epoch, samples):
                 order = torch.empty(samples, dtype=torch.int64)
                 _C.shuffle(order, self.seed, epoch)
-                self._order = (epoch, samples, order)
+                self._order = (epoch, samples, order.to(self.device))
             pieces.append(self._order[2][offset : offset + last - first])
             first += len(pieces[-1])
         return torch.cat(pieces).view(steps, batch)
@@ -266,8 +287,9 @@ class FusedMLP:
         for name, t in (("x", x), ("y", y)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-            if t.device.type != "cpu" or not t.is_contiguous():
-                raise ValueError(f"{name} must be contiguous and on the CPU, got strides {t.stride()} on {t.device}")
+            if t.device != self._counters.device or not t.is_contiguous():
+                where = self._counters.device
+                raise ValueError(f"{name} must be contiguous and on {where}, got strides {t.stride()} on {t.device}")
         if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self.sizes[0] or not len(x):
             raise ValueError(f"x must be float32 [n, {self.sizes[0]}] with n >= 1, got {x.dtype} {list(x.shape)}")
         classes = y.dtype == torch.int64 and y.shape == (len(x),)
@@ -284,7 +306,7 @@ class FusedMLP:
         """Linear and activation modules with copies of the weights; the output's activation is left out where it is the identity."""
         modules: list[nn.Module] = []
         for W, b, name in zip(self.weights, self.biases, self.activations, strict=True):
-            linear = nn.utils.skip_init(nn.Linear, W.shape[1], W.shape[0])
+            linear = nn.utils.skip_init(nn.Linear, W.shape[1], W.shape[0], device=W.device)
             linear.weight.data.copy_(W)
             linear.bias.data.copy_(b)
             modules += [linear, _ACTIVATIONS[name]()]
@@ -331,7 +353,7 @@ class FusedMLP:
             "P" if self._inverted else "V": self._V,
             "weight_state": self._weight_state,
             "bias_state": self._bias_state,
-            "counters": (self._counters,),
+            "counters": (self._counters[:2],),
         }
         return {f"{name}.{i}": t for name, group in groups.items() for i, t in enumerate(group)}
 

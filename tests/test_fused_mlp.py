@@ -381,16 +381,21 @@ def test_a_ridge_beyond_float64_raises(threads_: int, threads: Any) -> None:
     """|r|^2 of 1e13 gamma is refused, of 1e11 gamma regressed like any other; B stays what it was, and W what the step made of it."""
     threads(threads_)
     for outputs, batch in ((33, 6), (700, 32)):
-        for scale, beyond in ((1e5, False), (1e8, True)):
+        for power, beyond in ((1e11, False), (1e15, True)):
             net, x, y = make((9, 8, 40, outputs), 64, classes=False, warmup=3, rule=fb.Ridge(1.0), noise_std=0.5)
             net.fit(x, y, steps=2, batch_size=batch)
             before = [B.clone() for B in net.B]
+            y *= math.sqrt(power / float((y @ net.B[1].T).square().sum(1).max()))  # the larger regressors are those of the first layer
             if not beyond:
-                net.fit(x, scale / math.sqrt(outputs) * y, steps=1, batch_size=batch)
+                net.fit(x, y, steps=1, batch_size=batch)
                 assert all(B.isfinite().all() for B in (*net.B, *net._V)) and net.step == 3
+                assert not any(torch.equal(B, b) for B, b in zip(net.B, before, strict=True))
                 continue
+            for steps in (1, 5):  # the last of a call too
+                with pytest.raises(RuntimeError, match=r"step 2 is beyond float64.*gamma"):
+                    copy.deepcopy(net).fit(x, y, steps=steps, batch_size=batch)
             with pytest.raises(RuntimeError, match=r"step 2 is beyond float64.*gamma"):
-                net.fit(x, scale / math.sqrt(outputs) * y, steps=5, batch_size=batch)
+                net.fit(x, y, steps=5, batch_size=batch)
             assert net.step == 3
             assert all(torch.equal(B, b) for B, b in zip(net.B, before, strict=True))
             assert all(torch.linalg.eigvalsh(P)[0] > 0 for P in net._V)

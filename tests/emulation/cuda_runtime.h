@@ -27,6 +27,7 @@
 #define __host__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __grid_constant__
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration = 9, cudaErrorCooperativeLaunchTooLarge = 720, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
