@@ -496,6 +496,7 @@ struct Run {
       for (int k = j; k < m; ++k) sum += T[n * m + k] * inverse[k * m + j];
       s.gain[r][i] = float(sum * age);
     }
+    __syncthreads();  // the next one takes the same memory
   }
 
   // The same from P = V^-1, which the N x N matrix S = I + R P R^T takes down to its next value; cheap where N < m.
@@ -549,6 +550,7 @@ struct Run {
     if (!inverse_cholesky(S, inverse, batch) && threadIdx.x == 0) *s.failed = 1;
     if (inverse != s.inverse[r])
       for (int i = threadIdx.x; i < batch * batch; i += threads) s.inverse[r][i] = inverse[i];
+    __syncthreads();
   }
 
   // T = L^-1 U^T and Q = L^-T T, with S = L L^T: a block for a chunk of columns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 import warnings
@@ -218,7 +219,8 @@ class FusedMLP:
         rule = self.rule
         name = {Ridge: "ridge", LMS: "lms", Fixed: "fixed", WeightTransport: "weight_transport"}.get(type(rule))
         before = self.skipped
-        call: Callable[[], int] = lambda: _C.fused_mlp(
+        train = functools.partial(
+            _C.fused_mlp,
             sizes=self.sizes,
             activations=self.activations,
             loss=self.loss,
@@ -244,14 +246,13 @@ class FusedMLP:
             rows=rows,
             losses=losses,
             counters=self._counters,
-            scratch=self._scratch,
             threads=torch.get_num_threads(),
             blocks=self._blocks,
             simd=self._simd,
         )
-        if missing := call():
+        if missing := train(scratch=self._scratch):
             self._scratch = torch.zeros(missing, dtype=torch.uint8, device=self.device)
-            call()
+            train(scratch=self._scratch)
         step, skipped, failed = self._counters.tolist()
         if failed:
             self._counters[2] = 0

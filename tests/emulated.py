@@ -1,4 +1,7 @@
-"""The compiled part with csrc/*.cu for g++: blocks and threads run on the CPU, on tensors that are there."""
+"""What only a GPU can run: on one, or where there is none with blocks and threads on the CPU.
+
+csrc/*.cu are compiled by g++ then, against the cuda_runtime.h of tests/emulation.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,17 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fbkernels as fb
+from fbkernels import fused_mlp
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +39,16 @@ def compiled() -> ModuleType:
     with open(build / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(build / "lib"), "--build-temp", str(build / "objects")]
+            command = [
+                sys.executable,
+                "setup.py",
+                "-q",
+                "build_ext",
+                "--build-lib",
+                str(build / "lib"),
+                "--build-temp",
+                str(build / "objects"),
+            ]
             done = subprocess.run(command, cwd=ROOT, env=os.environ | {"FBK_CUDA": "emulated"}, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the emulated build failed:\n{done.stdout}{done.stderr}")
@@ -40,3 +61,24 @@ def compiled() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def engine() -> Iterator[None]:
+    """FusedMLP's steps are those of the CUDA engine; on a GPU, of networks that are there."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with mock.patch.object(fused_mlp, "_C", compiled()):
+            yield
+
+
+def moved(net: fb.FusedMLP, *data: Tensor) -> tuple[fb.FusedMLP, *tuple[Tensor, ...]]:
+    """A copy of a network, with what it learned, and its data, where ``engine`` trains it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ("activations", "loss", "feedback", "rule", "noise_std", "noise", "optimizer", "lr", "warmup", "seed")
+    twin = fb.FusedMLP(net.sizes, **{name: getattr(net, name) for name in names}, device=device)
+    if net._inverted:
+        twin._inverted = True
+    twin.load_state_dict(net.state_dict())
+    return twin, *(t.to(device) for t in data)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import emulated
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,13 +78,18 @@ def distance(a: Tensor, b: Tensor) -> float:
 def assert_equal_to_modules(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int, batch: int, slack: int = 4) -> None:
     exact, _ = modules(net, x, y, steps, batch, torch.float64)
     single, _ = modules(net, x, y, steps, batch, torch.float32)
+    twin, *data = emulated.moved(net, x, y)
     mine = learned(net, net.fit(x, y, steps=steps, batch_size=batch))
+    with emulated.engine():
+        on_gpu = learned(twin, twin.fit(*data, steps=steps, batch_size=batch))
     # Both deviations are random, and that of a small tensor can be zero. The scale is the worst of theirs, or what one rounding a layer
     # in both streams does to the outputs' difference, which is the noise. Ours may be twice that, and twice again as the modules form
     # losses in float64.
     scale = max(2 * len(net.weights) * EPS / net.noise_std, *(distance(s, e) for s, e in zip(single, exact, strict=True)))
-    for m, e in zip(mine, exact, strict=True):
+    for m, g, e in zip(mine, on_gpu, exact, strict=True):
         assert distance(m, e) <= slack * scale
+        assert distance(g.cpu(), e) <= slack * scale
+    assert twin.step == net.step
 
 
 def make(sizes: tuple[int, ...], samples: int, classes: bool = True, **options: Any) -> tuple[fb.FusedMLP, Tensor, Tensor]:
@@ -436,12 +442,18 @@ def test_a_matrix_that_is_not_positive_definite_raises() -> None:
         ((3, 2, 2), {"lr": -1.0}, ValueError, "lr"),
         ((3, 2, 2), {"warmup": -1}, ValueError, "warmup"),
         ((3, 2, 2), {"seed": -1}, ValueError, "seed"),
-        ((3, 2, 2), {"device": "cuda"}, RuntimeError, "device"),
+        ((3, 2, 2), {"device": "meta"}, ValueError, "device"),
     ],
 )
 def test_bad_settings(sizes: Any, options: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         fb.FusedMLP(sizes, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_error_says_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match=r"device='cuda:0' cannot be had: CUDA is (not )?compiled in"):
+        fb.FusedMLP((3, 2, 2), device="cuda:0")
 
 
 def test_bad_data_changes_nothing() -> None:

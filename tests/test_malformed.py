@@ -97,7 +97,17 @@ def fused_mlp() -> dict[str, Any]:
         "rows": torch.arange(8).view(2, 4),
         "losses": torch.empty(2, dtype=torch.float64),
     }
-    return {"sizes": sizes, **how, **net, **data, "counters": torch.zeros(2, dtype=torch.int64), "threads": 2, "simd": ""}
+    return {
+        "sizes": sizes,
+        **how,
+        **net,
+        **data,
+        "counters": torch.zeros(3, dtype=torch.int64),
+        "scratch": torch.empty(0, dtype=torch.uint8),
+        "threads": 2,
+        "blocks": 0,
+        "simd": "",
+    }
 
 
 def noise() -> dict[str, Any]:

@@ -17,7 +17,7 @@
 
 // As much of CUDA as csrc/*.cu use, for g++: each CUDA thread is a fiber, which runs up to its next barrier. A launch
 // returns when it is through. In what order the blocks, the warps and the lanes take their turns between two barriers is
-// drawn anew each time from FBK_EMULATED_ORDER, a seed, so that a missing barrier changes results. What the hardware
+// drawn anew each time, from the seed FBK_EMULATED_ORDER, so that a missing barrier changes results. What the hardware
 // may not survive is reported: a barrier that some threads of a block, warp or grid do not reach.
 // FBK_EMULATED_SMS multiprocessors, 4 where it is not set.
 
@@ -107,18 +107,17 @@ inline bool release(Thread* first, Thread* last, Barrier kind) {
   return true;
 }
 
-inline std::mt19937& order() {
-  static std::mt19937 generator{[] {
-    const char* seed = getenv("FBK_EMULATED_ORDER");
-    return seed ? unsigned(atoi(seed)) : 0u;
-  }()};
-  return generator;
+inline int setting(const char* name, int otherwise) {
+  const char* text = getenv(name);
+  return text ? atoi(text) : otherwise;
 }
+
+inline std::mt19937 order_;
 
 inline std::vector<unsigned> turns(unsigned n) {
   std::vector<unsigned> all(n);
   std::iota(all.begin(), all.end(), 0u);
-  std::shuffle(all.begin(), all.end(), order());
+  std::shuffle(all.begin(), all.end(), order_);
   return all;
 }
 
@@ -145,6 +144,7 @@ inline void run_block(Thread* first, Thread* last) {
 // The blocks one after the other, or, if they wait for each other, all at once.
 inline void run(unsigned grid, unsigned block, size_t shared, bool cooperative, void (*body)(void*), void* argument) {
   static std::vector<std::unique_ptr<char[]>> stacks;
+  order_.seed(unsigned(setting("FBK_EMULATED_ORDER", 0)));
   const unsigned together = cooperative ? grid : 1;
   Launch launch;
   launch.grid = grid, launch.block = block, launch.body = body, launch.argument = argument;
@@ -188,11 +188,6 @@ T exchange(T value, unsigned lane) {
   wait(Barrier::warp);
   memcpy(&value, &t.warp[lane].slot[now], sizeof value);
   return value;
-}
-
-inline int setting(const char* name, int otherwise) {
-  const char* text = getenv(name);
-  return text ? atoi(text) : otherwise;
 }
 
 }  // namespace fbk::emulation
