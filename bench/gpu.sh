@@ -41,25 +41,27 @@ print(platform.python_version(), torch.__version__, torch.version.cuda)
 print(fbkernels.build_info())
 print(fbkernels.backends())'
 if python3 -P -c 'import pytest' 2>/dev/null; then
-  [ $gpu -ne 0 ] || part test_gpu 60 $pytest -rs tests/test_gpu.py
+  [ $gpu -ne 0 ] || part test_gpu 65 $pytest -rs tests/test_gpu.py tests/test_fused_mlp_cuda.py
   if python3 -P -c 'import hypothesis' 2>/dev/null; then
     # Triton's kernels are compiled for this GPU, and for the others by test_aot.py
-    part tests 150 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py
+    part tests 120 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py --ignore=tests/test_fused_mlp_cuda.py
   else
     echo "== tests: left out, no hypothesis"
   fi
   if python3 -P -c 'import pytest_benchmark' 2>/dev/null; then
     # the other files measure the CPU; what is short and compiles little first
-    part bench_pieces 70 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
-    part bench_cnn 50 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
-    part bench_resnet18 45 $pytest bench/bench_triton.py -k "step and resnet18" --benchmark-json="$out/gpu_resnet18.json"
+    part bench_fused_mlp 45 $pytest bench/bench_fused_mlp_cuda.py --benchmark-json="$out/gpu_fused_mlp.json"
+    part bench_pieces 60 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
+    part bench_cnn 45 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
+    part bench_resnet18 40 $pytest bench/bench_triton.py -k "step and resnet18" --benchmark-json="$out/gpu_resnet18.json"
   else
     echo "== bench: left out, no pytest-benchmark"
   fi
   if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"); then
+    part racecheck 25 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/test_fused_mlp_cuda.py -k "cutting and sgd and cuts0"
     # without torch's allocator, which hides what is read behind a tensor
-    part sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
-      --error-exitcode 9 $pytest tests/test_gpu.py -k "in_bf16 or reference_on_the_device or as_exact or one_launch"
+    part sanitizer 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
+      --error-exitcode 9 $pytest tests/test_gpu.py tests/test_fused_mlp_cuda.py -k "in_bf16 or reference_on_the_device or as_exact or one_launch or cutting and cuts0"
   else
     echo "== sanitizer: left out, no compute-sanitizer"
   fi
