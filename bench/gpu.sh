@@ -44,15 +44,15 @@ if python3 -P -c 'import pytest' 2>/dev/null; then
   [ $gpu -ne 0 ] || part test_gpu 65 $pytest -rs tests/test_gpu.py tests/test_fused_mlp_cuda.py
   if python3 -P -c 'import hypothesis' 2>/dev/null; then
     # Triton's kernels are compiled for this GPU, and for the others by test_aot.py
-    part tests 120 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py --ignore=tests/test_fused_mlp_cuda.py
+    part tests 115 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py --ignore=tests/test_fused_mlp_cuda.py
   else
     echo "== tests: left out, no hypothesis"
   fi
   if python3 -P -c 'import pytest_benchmark' 2>/dev/null; then
     # the other files measure the CPU; what is short and compiles little first
-    part bench_fused_mlp 45 $pytest bench/bench_fused_mlp_cuda.py --benchmark-json="$out/gpu_fused_mlp.json"
-    part bench_pieces 60 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
-    part bench_cnn 45 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
+    part bench_fused_mlp 40 $pytest bench/bench_fused_mlp_cuda.py --benchmark-json="$out/gpu_fused_mlp.json"
+    part bench_pieces 55 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
+    part bench_cnn 40 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
     part bench_resnet18 40 $pytest bench/bench_triton.py -k "step and resnet18" --benchmark-json="$out/gpu_resnet18.json"
   else
     echo "== bench: left out, no pytest-benchmark"

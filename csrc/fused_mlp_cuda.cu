@@ -60,13 +60,18 @@ struct MlpDeviceScratch {
   }
 };
 
+// doubles that a ridge's regression needs close at hand: S, the inverse of its factor, and R and T where it keeps V
+FBK_INLINE int64_t work_numbers(const FusedMlpParams& p, int r) {
+  return 2 * p.order(r) * p.order(r) + (p.downdate ? 0 : 2 * p.batch * p.layer[r].regressors);
+}
+
 struct FusedMlpLaunch {
   FusedMlpParams p;
   int64_t* counters;  // steps, skipped samples, whether a ridge failed
   char* scratch;
   Span span;
   // where in a block's shared memory things are, in bytes; 0: they stay in global memory
-  int work, inputs;
+  int work, work_numbers, inputs;
   int weight[FusedMlpParams::max_layers], B[FusedMlpParams::max_layers];
 };
 static_assert(sizeof(FusedMlpLaunch) <= 4096, "what older drivers pass to a kernel");
@@ -431,14 +436,17 @@ struct Run {
     });
   }
 
-  // The inverse of L, lower triangular, of A = L L^T [n, n], of which the lower half is read and lost. One barrier a
-  // pivot: rows are scaled at the end. By one block; false where A is not positive definite.
+  // The inverse of L, lower triangular, of A = L L^T [n, n], of which the lower half is read, after a barrier, and
+  // lost. One barrier a pivot: rows are scaled at the end. By one block; false where A is not positive definite.
   __device__ bool inverse_cholesky(double* A, double* inverse, int n) const {
     for (int i = threadIdx.x; i < n * n; i += threads) inverse[i] = i % (n + 1) == 0;
     __syncthreads();
     for (int k = 0; k < n; ++k) {
       const double pivot = A[k * n + k];
-      if (!(pivot > 0)) return false;
+      if (!(pivot > 0)) {
+        __syncthreads();  // A may be written again only when all have seen it
+        return false;
+      }
       const double scale = 1 / pivot;
       for (int i = k + 1 + warp; i < n; i += warps) {
         const double factor = A[i * n + k] * scale;
@@ -459,26 +467,35 @@ struct Run {
     return true;
   }
 
-  __device__ double* work(int r, bool inverse) const {
-    const int order = p.order(r);
-    if (!q.work || 2 * order * order * 8 > most_work) return inverse ? s.inverse[r] : s.S[r];
-    return reinterpret_cast<double*>(shared + q.work) + (inverse ? order * order : 0);
+  // a factorisation's memory: shared where all of it fits
+  struct Work {
+    double *S, *inverse, *R, *T;
+  };
+  __device__ Work work(int r) const {
+    const int square = int(p.order(r) * p.order(r)), wide = int(batch * p.layer[r].regressors);
+    if (work_numbers(p, r) > q.work_numbers) return {s.S[r], s.inverse[r], s.U[r], s.T[r]};
+    double* base = reinterpret_cast<double*>(shared + q.work);
+    return {base, base + square, base + 2 * square, base + 2 * square + wide};
   }
 
   // ridge by one block: V <- beta^N V + R^T D R, floored, and Q = D R V^-1
   __device__ void solve(int r) const {
     const int m = p.layer[r].regressors, row = regressor_row(r);
-    double *V = p.layer[r].statistics, *T = s.T[r], *S = work(r, false), *inverse = work(r, true);
-    const float *R = regressor(r), *usable = s.usable[r];
-    const double keep = p.forgetting < 1 ? pow(p.forgetting, double(batch)) : 1, floor = (1 - keep) * p.rule_rate;
+    double* V = p.layer[r].statistics;
+    const auto [S, inverse, R, T] = work(r);
+    const double keep = p.forgetting < 1 ? ::pow(p.forgetting, double(batch)) : 1, floor = (1 - keep) * p.rule_rate;
+    for (int i = threadIdx.x; i < batch * m; i += threads) {
+      const int n = i / m;
+      R[i] = s.usable[r][n] == 0 ? 0 : double(regressor(r)[n * row + i - n * m]);
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < m * m; i += threads) {
       const int a = i / m, b = i - a * m;
       double sum = 0, age = 1;
-      for (int n = batch - 1; n >= 0; --n, age *= p.forgetting)
-        if (usable[n] != 0) sum += double(R[n * row + a]) * (double(R[n * row + b]) * age);
+#pragma unroll 4
+      for (int n = batch - 1; n >= 0; --n, age *= p.forgetting) sum += R[n * m + a] * (R[n * m + b] * age);
       S[i] = V[i] = keep * V[i] + (a == b ? floor : 0) + sum;
     }
-    __syncthreads();
     if (!inverse_cholesky(S, inverse, m)) {
       if (threadIdx.x == 0) *s.failed = 1;
       return;
@@ -486,13 +503,15 @@ struct Run {
     for (int i = threadIdx.x; i < batch * m; i += threads) {
       const int n = i / m, k = i - n * m;
       double sum = 0;
-      for (int j = 0; j <= k; ++j) sum += double(R[n * row + j]) * inverse[k * m + j];
-      T[i] = usable[n] == 0 ? 0 : sum;
+#pragma unroll 4
+      for (int j = 0; j <= k; ++j) sum += R[n * m + j] * inverse[k * m + j];
+      T[i] = sum;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < batch * m; i += threads) {
       const int n = i / m, j = i - n * m;
-      double sum = 0, age = p.forgetting < 1 ? pow(p.forgetting, double(batch - 1 - n)) : 1;
+      double sum = 0, age = p.forgetting < 1 ? ::pow(p.forgetting, double(batch - 1 - n)) : 1;
+#pragma unroll 4
       for (int k = j; k < m; ++k) sum += T[n * m + k] * inverse[k * m + j];
       s.gain[r][i] = float(sum * age);
     }
@@ -542,15 +561,16 @@ struct Run {
   }
 
   __device__ void factor(int r) const {
-    double *S = work(r, false), *inverse = work(r, true);
-    if (S != s.S[r]) {
+    const auto [S, inverse, R, T] = work(r);
+    if (S != s.S[r])
       for (int i = threadIdx.x; i < batch * batch; i += threads) S[i] = s.S[r][i];
-      __syncthreads();
+    if (!inverse_cholesky(S, inverse, batch)) {
+      if (threadIdx.x == 0) *s.failed = 1;
+      return;
     }
-    if (!inverse_cholesky(S, inverse, batch) && threadIdx.x == 0) *s.failed = 1;
-    if (inverse != s.inverse[r])
-      for (int i = threadIdx.x; i < batch * batch; i += threads) s.inverse[r][i] = inverse[i];
-    __syncthreads();
+    if (inverse == s.inverse[r]) return;
+    for (int i = threadIdx.x; i < batch * batch; i += threads) s.inverse[r][i] = inverse[i];
+    __syncthreads();  // the next one takes the same memory
   }
 
   // T = L^-1 U^T and Q = L^-T T, with S = L L^T: a block for a chunk of columns
@@ -784,14 +804,10 @@ void fused_mlp_cuda(const FusedMlpParams& p, int64_t* counters, char* scratch, i
     used += bytes;
     return int(used - bytes);
   };
-  if (p.rule == MlpRule::ridge) {
-    int64_t most = 0;
-    for (int r = 0; r < p.regressions(); ++r) {
-      int64_t bytes = 2 * p.order(r) * p.order(r) * 8;
-      if (bytes <= most_work) most = std::max(most, bytes);
-    }
-    q.work = place(most);
-  }
+  for (int r = 0; r < p.regressions() && p.rule == MlpRule::ridge; ++r)
+    if (work_numbers(p, r) <= most_work) q.work_numbers = std::max(q.work_numbers, int(work_numbers(p, r)));
+  q.work = place(q.work_numbers * 8);
+  if (!q.work) q.work_numbers = 0;
   q.inputs = place(p.batch * p.layer[0].inputs * 4);
   for (int l = 0; l < p.layers; ++l) {
     const MlpLayer& layer = p.layer[l];

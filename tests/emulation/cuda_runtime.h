@@ -58,6 +58,12 @@ struct Thread {
   uint64_t slot[2];  // what it hands to the other lanes of its warp
   int exchanges = 0;
   Thread* warp = nullptr;  // its first lane
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
+  std::vector<Copy> copies;  // asynchronous ones, made as late as can be: when they are waited for
   ucontext_t context;
   jmp_buf place;
 };
