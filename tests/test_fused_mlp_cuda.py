@@ -40,6 +40,7 @@ def test_neither_blocks_nor_the_order_of_threads_change_a_bit(
     rule = fb.LMS(1e-4) if isinstance(rule, fb.LMS) else rule  # stable at this size
     for blocks, order in ((1, 1), (2, 2), (3, 3), (4, 4), (4, 5)):
         monkeypatch.setenv("FBK_EMULATED_ORDER", str(order))
+        monkeypatch.setenv("FBK_EMULATED_CAPABILITY", "9" if order == 5 else "8")  # a cluster, and a grid
         net, x, y = start((37, 29, 18, 33), 60, blocks, classes=False, rule=rule, feedback=feedback, optimizer="adam", lr=1e-4)
         results.append(learned(net, net.fit(x, y, steps=4, batch_size=batch)))
     assert all(a.isfinite().all() for a in results[0])

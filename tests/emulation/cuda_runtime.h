@@ -19,7 +19,8 @@
 // returns when it is through. In what order the blocks, the warps and the lanes take their turns between two barriers is
 // drawn anew each time, from the seed FBK_EMULATED_ORDER, so that a missing barrier changes results. What the hardware
 // may not survive is reported: a barrier that some threads of a block, warp or grid do not reach.
-// FBK_EMULATED_SMS multiprocessors, 4 where it is not set.
+// FBK_EMULATED_SMS multiprocessors, 4 where it is not set, of compute capability FBK_EMULATED_CAPABILITY, or 8, each with
+// FBK_EMULATED_SHARED bytes of shared memory.
 
 #define FBK_EMULATED
 #define __global__
@@ -270,7 +271,7 @@ inline const char* cudaGetErrorString(cudaError_t e) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount             ? fbk::emulation::setting("FBK_EMULATED_SMS", 4)
            : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? fbk::emulation::setting("FBK_EMULATED_SHARED", 232448)
-           : which == cudaDevAttrComputeCapabilityMajor       ? 8
+           : which == cudaDevAttrComputeCapabilityMajor       ? fbk::emulation::setting("FBK_EMULATED_CAPABILITY", 8)
                                                               : 1;
   return cudaSuccess;
 }
