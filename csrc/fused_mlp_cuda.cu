@@ -19,7 +19,7 @@ constexpr int warp_size = 32, threads = 384, warps = threads / warp_size;
 constexpr int granule = 4;  // units of a warp's product
 template <class T>
 constexpr int tile = sizeof(T) == 8 ? 4 : 8;  // and samples: granule * tile sums, for as many lanes
-constexpr int64_t most_work = 1 << 16;        // bytes of shared memory for a factorisation
+constexpr int64_t most_work = 1 << 13;        // doubles in shared memory for a regression: 64 KB
 constexpr int most_cluster = 8;               // blocks, on every device that has clusters
 
 FBK_INLINE int64_t granules(int64_t n) { return (n + granule - 1) / granule; }
