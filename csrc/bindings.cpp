@@ -109,8 +109,7 @@ static void noise(const TensorView& out, const TensorView& step, int64_t seed, i
   auto [p, k] =
       NoiseKey{step, seed, point, std, kind, offset}.params("out", out, out.ptr<float>(), out.shape[0], out.shape[1]);
   if (out.numel() == 0) return;
-  if (out.device.type == FBK_GPU)
-    return on_gpu(out, [&](int device, void* stream) { FBK_CUDA(noise_cuda(p, k, device, stream)); });
+  if (is_gpu(out)) return on_gpu(out, [&](int device, void* stream) { FBK_CUDA(noise_cuda(p, k, device, stream)); });
   require(out.device.type == fbk::dl_cpu, "out must be on the CPU or on a CUDA device");
   fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;
@@ -162,8 +161,8 @@ static fbk::Window window(const TensorView& map, const Sizes& s, bool places) {
 
 static std::pair<fbk::Storage, uint8_t> storage_of(const char* argument, const TensorView& t) {
   bool single = t.dtype.code == fbk::dl_float && t.dtype.bits == 32;
-  require(single || (t.dtype.code == fbk::dl_bfloat && t.dtype.bits == 16),
-          std::string(argument) + " must be float32 or bfloat16");
+  require(single || (t.dtype.code == fbk::dl_bfloat && t.dtype.bits == 16 && !is_gpu(t)),
+          std::string(argument) + " must be float32" + (is_gpu(t) ? "" : " or bfloat16"));
   return {single ? fbk::Storage::float32 : fbk::Storage::bfloat16, t.dtype.bits};
 }
 
@@ -184,21 +183,21 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   require(rows >= 0 && rows <= samples,
           "rows must be in [0, " + std::to_string(samples) + "], got " + std::to_string(rows));
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-  expect("z", z, in, code, bits);
-  expect("h", h, out, code, bits);
+  expect("z", z, in, code, bits, &z);
+  expect("h", h, out, code, bits, &z);
   require(p.has_value() == (rows > 0), "p must be given where rows > 0");
   require(kept.has_value() == (phi == fbk::Activation::gelu && pooling != fbk::Pool::avg),
           "kept must be given for gelu alone, without average-pooling");
   require(winner.has_value() == (pooling == fbk::Pool::max), "winner must be given for max-pooling alone");
-  if (kept) expect("kept", *kept, out, code, bits);
-  if (winner) expect("winner", *winner, out, fbk::dl_uint, 8);
-  if (scale) expect("scale", *scale, {w.channels}, fbk::dl_float, 32);
-  if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32);
+  if (kept) expect("kept", *kept, out, code, bits, &z);
+  if (winner) expect("winner", *winner, out, fbk::dl_uint, 8, &z);
+  if (scale) expect("scale", *scale, {w.channels}, fbk::dl_float, 32, &z);
+  if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32, &z);
   int64_t perturbed = rows * (1 + antithetic);
   in[0] = out[0] = perturbed;
-  if (p) expect("p", *p, out, code, bits);
+  if (p) expect("p", *p, out, code, bits, &z);
   require(!q || p, "q must not be given without p");
-  if (q) expect("q", *q, in, code, bits);
+  if (q) expect("q", *q, in, code, bits, &z);
   auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params("z", z, nullptr, rows, w.units());
   auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
   fbk::PointwiseParams params{z.ptr<void>(),
@@ -221,6 +220,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
                               noise};
   fbk::Simd path = simd_named(simd);
   if (h.numel() == 0) return;
+  if (is_gpu(z)) return on_gpu(z, [&](int device, void* stream) { FBK_CUDA(pointwise_cuda(params, device, stream)); });
   py::gil_scoped_release release;
   fbk::pointwise_cpu(params, path, threads);
 }
@@ -231,12 +231,14 @@ static void unpool(const TensorView& delta, const TensorView& winner, const Tens
   fbk::Window w = window(out, sizes, true);
   std::vector<int64_t> small = {out.shape[0], w.out_height, w.out_width, w.channels};
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-  expect("delta", delta, small, delta.dtype.code, bits);
-  expect("winner", winner, small, fbk::dl_uint, 8);
-  expect("out", out, {out.shape[0], w.height, w.width, w.channels}, delta.dtype.code, bits);
+  expect("delta", delta, small, delta.dtype.code, bits, &delta);
+  expect("winner", winner, small, fbk::dl_uint, 8, &delta);
+  expect("out", out, {out.shape[0], w.height, w.width, w.channels}, delta.dtype.code, bits, &delta);
   fbk::UnpoolParams params{delta.ptr<void>(), winner.ptr<uint8_t>(), out.ptr<void>(), storage, w, out.shape[0]};
   fbk::Simd path = simd_named(simd);
   if (out.numel() == 0) return;
+  if (is_gpu(delta))
+    return on_gpu(delta, [&](int device, void* stream) { FBK_CUDA(unpool_cuda(params, device, stream)); });
   py::gil_scoped_release release;
   fbk::unpool_cpu(params, path, threads);
 }
@@ -251,7 +253,7 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
   constexpr uint8_t code = fbk::dl_float, bits = 32;
   require(B.ndim == 2, "B must be [units, outputs]");
   int64_t units = B.shape[0], m = B.shape[1];
-  expect("B", B, {units, m}, code, bits);
+  expect("B", B, {units, m}, code, bits, &B);
   require(R.has_value() == Q.has_value() && R.has_value() == w.has_value(), "R, Q and w go together");
   require(!(R && G) && (G || !M), "G must be given, with or without M, or R, Q and w");
   require((G || R) == out.has_value() && out.has_value() == step.has_value(),
@@ -264,7 +266,7 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
   p.units = units;
   p.outputs = m;
   auto data = [&](const char* name, const std::optional<TensorView>& t, const std::vector<int64_t>& shape) {
-    if (t) expect(name, *t, shape, code, bits);
+    if (t) expect(name, *t, shape, code, bits, &B);
     return t ? t->ptr<float>() : nullptr;
   };
   if (out) {
@@ -281,15 +283,16 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
     std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params("B", B, nullptr, p.rows, units);
   }
   if (prediction) {
-    require(prediction->ndim == 3, "prediction must be [parts + 1, rows, outputs]");
+    require(prediction->ndim == 3, "prediction must be [parts, rows, outputs]");
     p.predicted_rows = prediction->shape[1];
-    expect("prediction", *prediction, {p.tasks() + 1, p.predicted_rows, m}, code, bits);
+    expect("prediction", *prediction, {is_gpu(B) ? p.blocks() : p.tasks() + 1, p.predicted_rows, m}, code, bits, &B);
     p.prediction = prediction->ptr<float>();
     std::tie(p.predicted_noise, p.kind) =
         NoiseKey{*predicted_step, seed, point, std, kind, offset}.params("B", B, nullptr, p.predicted_rows, units);
   }
   fbk::Simd path = simd_named(simd);
   if (m == 0) return;
+  if (is_gpu(B)) return on_gpu(B, [&](int device, void* stream) { FBK_CUDA(feedback_update_cuda(p, device, stream)); });
   py::gil_scoped_release release;
   fbk::feedback_update_cpu(p, path, threads);
 }
@@ -302,10 +305,10 @@ static void feedback(const TensorView& e, const TensorView& B, const std::option
   auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
   require(kept.has_value() == (phi != fbk::Activation::identity), "kept must be given for an activation alone");
-  expect("e", e, {samples, m}, fbk::dl_float, 32);
-  expect("B", B, {units, m}, fbk::dl_float, 32);
-  expect("delta", delta, {samples, units}, delta.dtype.code, bits);
-  if (kept) expect("kept", *kept, {samples, units}, delta.dtype.code, bits);
+  expect("e", e, {samples, m}, fbk::dl_float, 32, &e);
+  expect("B", B, {units, m}, fbk::dl_float, 32, &e);
+  expect("delta", delta, {samples, units}, delta.dtype.code, bits, &e);
+  if (kept) expect("kept", *kept, {samples, units}, delta.dtype.code, bits, &e);
   fbk::FeedbackParams p{e.ptr<float>(),
                         B.ptr<float>(),
                         kept ? kept->ptr<void>() : nullptr,
@@ -317,6 +320,7 @@ static void feedback(const TensorView& e, const TensorView& B, const std::option
                         m};
   fbk::Simd path = simd_named(simd);
   if (delta.numel() == 0) return;
+  if (is_gpu(e)) return on_gpu(e, [&](int device, void* stream) { FBK_CUDA(feedback_cuda(p, device, stream)); });
   py::gil_scoped_release release;
   fbk::feedback_cpu(p, path, threads);
 }

@@ -14,13 +14,14 @@ struct FeedbackUpdateParams {
   float* out;              // likewise; null: B stays, and the prediction alone is wanted
   const float *M, *G;      // [outputs, outputs] or null for 0, [rows, outputs]
   const float *R, *Q, *w;  // [rows, outputs], likewise, [rows]; null, or in place of M and G
-  float* prediction;       // [tasks + 1, predicted rows, outputs]: the sum, then its parts; null if none is wanted
+  float* prediction;  // the sum, then its parts, [tasks + 1, predicted rows, outputs], on a GPU parts alone; or null
   int64_t units, outputs, rows, predicted_rows;
   NoiseKind kind;
   NoiseParams noise, predicted_noise;  // out unused; units are those of B
 
-  static constexpr int64_t task_units = 1024;
+  static constexpr int64_t task_units = 1024, block_units = 64;
   FBK_INLINE int64_t tasks() const { return (units + task_units - 1) / task_units; }
+  FBK_INLINE int64_t blocks() const { return (units + block_units - 1) / block_units; }  // of a GPU
 };
 
 // delta = (e B^T) * phi'(kept): the error of every unit before its activation (SPEC 3, direct)
@@ -35,6 +36,8 @@ struct FeedbackParams {
 
 void feedback_update_cpu(const FeedbackUpdateParams& params, Simd simd, int threads);
 void feedback_cpu(const FeedbackParams& params, Simd simd, int threads);
+void feedback_update_cuda(const FeedbackUpdateParams& params, int device, void* stream);
+void feedback_cuda(const FeedbackParams& params, int device, void* stream);
 
 FBK_SIMD_DECLARE(void feedback_update(const FeedbackUpdateParams&, int64_t task))
 FBK_SIMD_DECLARE(void feedback(const FeedbackParams&, int64_t first, int64_t last))

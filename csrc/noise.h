@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "philox.h"
+#include "quad.h"
 
 // SPEC 6. Every rounding is spelled out (explicit fma, no product that feeds a sum), so the portable, AVX2, AVX-512 and
 // CUDA paths give the same bits.
@@ -41,9 +42,11 @@ FBK_INLINE float as_float(int32_t a) {
 #ifdef __CUDA_ARCH__
 __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float sqrt(float a) { return __fsqrt_rn(a); }
+__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
 #else
 FBK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FBK_INLINE float sqrt(float a) { return __builtin_sqrtf(a); }
+FBK_INLINE float add(float a, float b) { return a + b; }
 #endif
 
 template <int N, class F>
@@ -78,22 +81,36 @@ FBK_INLINE void box_muller(I a, I b, float std, F& x, F& y) {
   y = radius * as_float(as_int(even ? s : c) ^ ((q & 2) << 30));
 }
 
-FBK_INLINE void store(float* to, const float (&z)[4], int64_t count) {
-  struct alignas(16) Quad {
-    float z[4];
-  };
-  if (count >= 4 && uintptr_t(to) % 16 == 0) {
-    *reinterpret_cast<Quad*>(to) = {{z[0], z[1], z[2], z[3]}};
-    return;
-  }
-  for (int i = 0; i < 4; ++i)
-    if (i < count) to[i] = z[i];
-}
-
 // What one CUDA thread computes; the portable CPU path loops over the threads. A Rademacher counter serves 128 units:
 // its 8 threads write 16 each, in four 128-byte rows.
 template <NoiseKind kind>
 constexpr int threads_per_counter = kind == NoiseKind::gaussian ? 1 : 8;
+
+FBK_INLINE Words<uint32_t> noise_words(const NoiseParams& p, uint64_t index) {
+  return philox(Words<uint32_t>{{low(index), high(index), low(uint64_t(*p.step)), p.point}}, p.seed);
+}
+
+// four units of a counter; of Rademacher's 32 fours the one of the bit
+template <NoiseKind kind>
+FBK_INLINE Quad<float> noise_quad(const Words<uint32_t>& words, float std, int bit = 0) {
+  auto [w] = words;
+  Quad<float> z;
+  if constexpr (kind == NoiseKind::gaussian) {
+    box_muller(int32_t(w[0] >> 8), int32_t(w[1] >> 8), std, z.v[0], z.v[1]);
+    box_muller(int32_t(w[2] >> 8), int32_t(w[3] >> 8), std, z.v[2], z.v[3]);
+  } else {
+    for (int i = 0; i < 4; ++i) z.v[i] = as_float(as_int(std) ^ int32_t(w[i] >> bit << 31));
+  }
+  return z;
+}
+
+// the four units from u on, a multiple of 4, of a sample counted from p.first
+FBK_INLINE Quad<float> noise_quad(const NoiseParams& p, NoiseKind kind, int64_t sample, int64_t u) {
+  uint64_t index = p.first + uint64_t(sample * p.per_sample(kind) + u / (kind == NoiseKind::gaussian ? 4 : 128));
+  Words<uint32_t> words = noise_words(p, index);
+  return kind == NoiseKind::gaussian ? noise_quad<NoiseKind::gaussian>(words, p.std)
+                                     : noise_quad<NoiseKind::rademacher>(words, p.std, int(u / 4 % 32));
+}
 
 template <NoiseKind kind>
 FBK_INLINE void noise_thread(const NoiseParams& p, int64_t thread) {
@@ -107,19 +124,13 @@ FBK_INLINE void noise_thread(const NoiseParams& p, int64_t thread) {
     units = p.units;
   }
   float* out = p.out + row * p.units;
-  uint64_t index = p.first + uint64_t(counter);
-  auto [w] = philox(Words<uint32_t>{{low(index), high(index), low(uint64_t(*p.step)), p.point}}, p.seed);
-  float z[4];
+  Words<uint32_t> words = noise_words(p, p.first + uint64_t(counter));
   if constexpr (kind == NoiseKind::gaussian) {
-    box_muller(int32_t(w[0] >> 8), int32_t(w[1] >> 8), p.std, z[0], z[1]);
-    box_muller(int32_t(w[2] >> 8), int32_t(w[3] >> 8), p.std, z[2], z[3]);
-    store(out + col, z, units - col);
+    store_quad(out + col, noise_quad<kind>(words, p.std), units - col);
   } else {
     for (int k = 0; k < 4; ++k) {
       int bit = int(thread % 8) + 8 * k;
-      int64_t at = col + 4 * bit;
-      for (int i = 0; i < 4; ++i) z[i] = as_float(as_int(p.std) ^ int32_t(w[i] >> bit << 31));
-      if (at < units) store(out + at, z, units - at);
+      store_quad(out + col + 4 * bit, noise_quad<kind>(words, p.std, bit), units - col - 4 * bit);
     }
   }
 }

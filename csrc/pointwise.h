@@ -50,6 +50,8 @@ struct UnpoolParams {
 
 void pointwise_cpu(const PointwiseParams& params, Simd simd, int threads);
 void unpool_cpu(const UnpoolParams& params, Simd simd, int threads);
+void pointwise_cuda(const PointwiseParams& params, int device, void* stream);  // of float32, as is unpool_cuda
+void unpool_cuda(const UnpoolParams& params, int device, void* stream);
 
 // units [first, last) of one row of the clean stream (and of the perturbed one, where q is null) or of the perturbed
 // one

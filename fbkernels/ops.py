@@ -35,12 +35,22 @@ def build_info() -> dict[str, Any]:
 
 _BUILD = build_info()
 _TRITON = importlib.util.find_spec("triton") is not None
-_DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32,),
+}
+_COMPILED = ("cpp", "cuda")  # the same calls of _C, which looks where its tensors are
 
 
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels on the CPU: for tests, a thousand times slower."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def emulating() -> bool:
+    """Whether the CUDA kernels are compiled for the CPU: for tests, a thousand times slower."""
+    return _BUILD.get("nvcc") == "emulated"
 
 
 def backends() -> dict[str, str]:
@@ -57,10 +67,12 @@ def backends() -> dict[str, str]:
         triton = "available"
     if not _BUILD["cuda"]:
         cuda = f"not compiled in ({_BUILD['cuda_off']}): install the CUDA toolkit and run `FBK_CUDA=1 pip install .`"
+    elif emulating():
+        cuda = "available on the CPU, emulated, for tests"
     elif not torch.cuda.is_available():
         cuda = "compiled in, but torch sees no CUDA device"
     else:
-        cuda = "available for the noise alone: the layers run in torch"
+        cuda = "available for float32"
     return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
 
 
@@ -71,7 +83,8 @@ def _native(device: str) -> tuple[str, ...]:
     states = backends()
     usable = ("cpp",) if device == "cpu" else ("triton", "cuda") if device == "cuda" else ()
     found = [name for name in usable if states[name].startswith("available")]
-    return (*found, "reference", *(("triton",) if device == "cpu" and interpreting() else ()))
+    tested = [name for name, here in (("triton", interpreting()), ("cuda", emulating())) if device == "cpu" and here]
+    return (*found, "reference", *tested)
 
 
 def choose(backend: str, device: torch.device) -> str:
@@ -185,14 +198,14 @@ def int64(seed: int) -> int:
 
 
 def _backend(t: Tensor, backend: str) -> str:
-    """Who computes on the tensor: "cpp", "triton" or "reference"; where a backend is named, TypeError for a dtype that it does not take."""
+    """Who computes on the tensor; where a backend is named, TypeError for a dtype that it does not take."""
     chosen = choose(backend, t.device)
     if chosen in _DTYPES and t.dtype not in _DTYPES[chosen]:
         if backend != "auto":
             takes = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[chosen])
             raise TypeError(f"backend {backend!r} takes {takes}, got {t.dtype}: use backend='auto' or 'reference'")
         return "reference"
-    return "reference" if chosen == "cuda" else chosen  # whose one kernel is the noise
+    return chosen
 
 
 def fuses(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -202,12 +215,13 @@ def fuses(backend: str, device: torch.device) -> tuple[torch.dtype, ...]:
     return () if chosen == "cpp" and torch.is_autocast_enabled("cpu") else _DTYPES.get(chosen, ())
 
 
-def _compiled(t: Tensor, backend: str) -> bool:
-    """Whether a C++ kernel takes the tensor, where Triton has none of its own."""
+def _compiled(t: Tensor, backend: str, having: Sequence[str]) -> bool:
+    """Whether the compiled part takes the tensor, where not each backend has a kernel."""
     chosen = _backend(t, backend)
-    if chosen == "triton" and backend != "auto":
-        raise RuntimeError("backend 'triton' has no kernel for this alone: use backend='auto'; feedback(winner=...) unpools in its launch")
-    return chosen == "cpp"
+    if chosen not in (*having, "reference") and backend != "auto":
+        hint = "; feedback(winner=...) unpools in its launch" if chosen == "triton" else ""
+        raise RuntimeError(f"backend {chosen!r} has no kernel for this alone: use backend='auto'{hint}")
+    return chosen in having
 
 
 def _maps(t: Tensor) -> Tensor:
@@ -229,7 +243,7 @@ def _behind(z: Tensor, rows: int, pool: str, kernel_size: Sequence[int], stride:
     return torch.empty(rows, z.shape[1], *size, dtype=z.dtype, device=z.device, memory_format=torch.channels_last)
 
 
-_TILE_UNITS = 64  # BU of kernels/feedback_update.py
+_TILE_UNITS = 64  # BU of kernels/feedback_update.py, FeedbackUpdateParams::block_units
 # B's update and the joint rules' prediction ride in the launch of the layer whose rows of B they are (SPEC 5)
 _UPDATE = (
     "Tensor? B=None, Tensor? M=None, Tensor? G=None, Tensor? R=None, Tensor? Q=None, Tensor? w=None, Tensor? learned_step=None, "
@@ -651,7 +665,7 @@ def _unpool(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    if not _compiled(delta, backend):
+    if not _compiled(delta, backend, _COMPILED):
         return _dense(reference.unpool(delta, winner, size, kernel_size, stride, padding))
     out = _unpool_fake(delta, size)
     _C.unpool(_maps(_dense(delta)), _maps(_dense(winner)), _maps(out), (*kernel_size, *stride, *padding), torch.get_num_threads())
@@ -683,7 +697,7 @@ def _pooled_weight_gradient(
     *,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    if not _compiled(delta, backend):
+    if not _compiled(delta, backend, ("cpp",)):
         window = (kernel_size, pool_stride, pool_padding)
         exact, bias = reference.pooled_weight_gradient(delta, winner, x, weight, stride, padding, dilation, *window)
         return torch.empty_like(weight).copy_(exact), bias.to(weight.dtype)
@@ -743,7 +757,7 @@ def _feedback(
         won = None if winner is None else _dense(winner)
         _kernels().feedback(e.float().contiguous(), B.contiguous(), read, won, activation, delta, *window[1:])
         return delta
-    if chosen != "cpp" or B.dtype != torch.float32:
+    if chosen not in _COMPILED or B.dtype != torch.float32:
         delta = reference.layout(e.to(B.dtype) @ B.T, kept.shape)
         delta = _dense((delta * reference.derivative(kept, activation)).to(kept.dtype))
     else:
@@ -802,7 +816,7 @@ def _feedback_update(
         plan = _plan(B, len(B), predicted, kind, B, M, G, R, Q, w, step, predicted > 0)
         _kernels().feedback_update(plan, predicted_step, seed, point, len(B), std, kind, offset)
         return plan.new, plan.parts
-    if chosen != "cpp" or B.dtype != torch.float32:
+    if chosen not in _COMPILED or B.dtype != torch.float32:
         new, key = B, (seed, point)
         draw: dict[str, Any] = {"offset": offset, "dtype": B.dtype, "backend": backend}
         gain = (R, Q) if R is not None and Q is not None else M
@@ -816,16 +830,19 @@ def _feedback_update(
     M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (M, G, R, Q, w))
     B = B.contiguous()
     out = None if step is None else torch.empty_like(B)
-    parts = B.new_empty(-(-len(B) // _TASK_UNITS) + 1, predicted_rows, B.shape[1]) if predicted_step is not None else None
+    count = -(-len(B) // _TILE_UNITS) if chosen == "cuda" else -(-len(B) // _TASK_UNITS) + 1
+    parts = None if predicted_step is None else B.new_empty(count, predicted_rows, B.shape[1])
     _C.feedback_update(B, out, M, G, R, Q, w, parts, step, predicted_step, seed, point, std, kind, offset, torch.get_num_threads())
-    return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts[:1].clone()
+    if parts is not None and chosen == "cpp":
+        parts = parts[:1].clone()
+    return B.new_empty(0) if out is None else out, B.new_empty(0) if parts is None else parts
 
 
 def _feedback_update_fake(
     B: Tensor, step: Tensor | None, predicted_step: Tensor | None, predicted_rows: int, backend: str, **_: Any
 ) -> tuple[Tensor, Tensor]:
     new = B.new_empty(0) if step is None else B.new_empty(B.shape)
-    parts = -(-B.shape[0] // _TILE_UNITS) if _backend(B, backend) == "triton" and B.dtype == torch.float32 else 1
+    parts = -(-B.shape[0] // _TILE_UNITS) if _backend(B, backend) in ("triton", "cuda") and B.dtype == torch.float32 else 1
     return new, B.new_empty(0) if predicted_step is None else B.new_empty(parts, predicted_rows, B.shape[1])
 
 

@@ -33,7 +33,8 @@ def compiled() -> ModuleType:
     """fbkernels._C of this source with ``FBK_CUDA=emulated``, built once by whoever comes first and kept in the temporary folder."""
     sources = sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "tests" / "emulation").iterdir()])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    build = Path(tempfile.gettempdir()) / f"fbkernels-emulated-{os.getuid()}"
+    place = hashlib.sha256(bytes(ROOT)).hexdigest()[:8]  # ninja's objects know where their sources are
+    build = Path(tempfile.gettempdir()) / f"fbkernels-emulated-{os.getuid()}-{place}"
     build.mkdir(exist_ok=True)
     library = build / digest
     with open(build / "lock", "w") as lock:

@@ -95,7 +95,7 @@ def test_both_streams_in_triton(call: dict[str, Any]) -> None:
 
 
 def check(call: dict[str, Any], backend: str) -> None:
-    device = DEVICE if backend == "triton" else "cpu"
+    device = DEVICE if backend in ("triton", "cuda") else "cpu"
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
     h, p, kept, winner = (t.cpu() for t in ops.perturbed_pointwise(**given, backend=backend)[:4])
     expected = ops.perturbed_pointwise(**{k: double(v) for k, v in call.items()}, backend="reference")[:4]
@@ -210,7 +210,7 @@ def test_unpool_is_the_gradient_of_pooling() -> None:
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_ops(pool: str, activation: str, backend: str) -> None:
-    device = DEVICE if backend == "triton" else "cpu"
+    device = DEVICE if backend in ("triton", "cuda") else "cpu"
     z, bias, step = images(3, 5, 8, 7).to(device, memory_format=torch.channels_last), images(5).to(device), STEP.to(device)
     window = ([3, 2], [2, 2], [1, 0])
     args = (z, z[:2], bias, activation, pool, False, *window, step, 1, 2, 2, 0.1, "rademacher")
