@@ -521,19 +521,17 @@ static void shuffle(const TensorView& out, uint64_t seed, int64_t epoch) {
 static void ridge_gain(const TensorView& R, const TensorView& w, const TensorView& V, const TensorView& V_out,
                        const TensorView& Q, const TensorView& M, const TensorView& G, const TensorView& scratch,
                        double gamma, double forgetting, const std::string& simd) {
-  require(R.ndim == 2, "R must be [samples, regressors]");
-  int64_t n = R.shape[0], m = R.shape[1];
-  constexpr uint8_t code = fbk::dl_float;
+  require(R.ndim == 2 || (R.ndim == 3 && is_gpu(R)), "R must be [samples, regressors], on a GPU also with groups");
+  int64_t n = R.shape[R.ndim - 2], m = R.shape[R.ndim - 1], groups = R.ndim == 3 ? R.shape[0] : 1;
   require(std::isfinite(gamma) && gamma > 0, "gamma must be finite and > 0, got " + std::to_string(gamma));
   require(forgetting > 0 && forgetting <= 1, "forgetting must be in (0, 1], got " + std::to_string(forgetting));
-  expect("R", R, {n, m}, code, 32);
-  expect("w", w, {n}, code, 32);
-  expect("V", V, {m, m}, code, 64);
-  expect("V_out", V_out, {m, m}, code, 64);
-  expect("Q", Q, {n, m}, code, 32);
-  expect("M", M, {m, m}, code, 32);
-  expect("G", G, {n, m}, code, 32);
-  expect("scratch", scratch, {3 * n + 2 * m, m}, code, 64);
+  auto matrix = [&](const char* name, const TensorView& t, int64_t rows, uint8_t bits) {
+    std::vector<int64_t> shape = {groups, rows, m};
+    expect(name, t, {shape.begin() + (R.ndim == 2), shape.end()}, fbk::dl_float, bits, &R);
+  };
+  matrix("R", R, n, 32), matrix("V", V, m, 64), matrix("V_out", V_out, m, 64), matrix("Q", Q, n, 32);
+  expect("w", w, {n}, fbk::dl_float, 32, &R);
+  matrix("M", M, m, 32), matrix("G", G, n, 32), matrix("scratch", scratch, 3 * n + 2 * m, 64);
   fbk::RidgeGainParams p{R.ptr<float>(),
                          w.ptr<float>(),
                          V.ptr<double>(),
@@ -545,9 +543,11 @@ static void ridge_gain(const TensorView& R, const TensorView& w, const TensorVie
                          gamma,
                          forgetting,
                          n,
-                         m};
+                         m,
+                         groups};
   fbk::Simd path = simd_named(simd);
-  if (m == 0) return;
+  if (m == 0 || groups == 0) return;
+  if (is_gpu(R)) return on_gpu(R, [&](int device, void* stream) { FBK_CUDA(ridge_gain_cuda(p, device, stream)); });
   py::gil_scoped_release release;
   fbk::ridge_gain_cpu(p, path);
 }

@@ -872,14 +872,17 @@ def _ridge_gain(
     R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = _backend(R, backend)
-    # above, LAPACK is faster
-    if chosen != "cpp" or R.dtype != torch.float32 or R.ndim != 2 or R.shape[1] > 256:
+    # above 256 on the CPU, LAPACK is faster
+    compiled = chosen == "cuda" or (chosen == "cpp" and R.ndim == 2 and R.shape[1] <= 256)
+    if not compiled or R.dtype != torch.float32 or R.ndim < 2:
         check_gain(R, w, V, gamma, forgetting)
         V, Q, M, G = (_kernels() if chosen == "triton" else reference).ridge_gain(R, w, V, gamma, forgetting)
         return V, Q.contiguous(), M.contiguous(), G.contiguous()
-    (n, m), new = R.shape, R.new_empty
-    out = V.new_empty(m, m), new(n, m), new(m, m), new(n, m)
-    _C.ridge_gain(R.contiguous(), w.float().contiguous(), V.contiguous(), *out, V.new_empty(3 * n + 2 * m, m), gamma, forgetting)
+    *groups, n, m = R.shape
+    new = R.new_empty
+    out = V.new_empty(*groups, m, m), new(*groups, n, m), new(*groups, m, m), new(*groups, n, m)
+    scratch = V.new_empty(*groups, 3 * n + 2 * m, m)
+    _C.ridge_gain(R.contiguous(), w.float().contiguous(), V.contiguous(), *out, scratch, gamma, forgetting)
     return out
 
 

@@ -13,6 +13,7 @@ from poison import guarded
 from test_feedback import check_update, updates
 from test_pointwise import calls
 from test_pointwise import check as check_pointwise
+from test_ridge_gain import agrees, batch
 from torch import Tensor
 
 from fbkernels import ops
@@ -47,3 +48,25 @@ def test_both_streams(call: dict[str, Any]) -> None:
 @settings(once, max_examples=50)
 def test_update_and_prediction(call: dict[str, Any]) -> None:
     check_update({k: guarded(v.to(DEVICE)) if isinstance(v, Tensor) else v for k, v in call.items()}, "cuda")
+
+
+@given(st.integers(1, 90), st.integers(1, 120), st.sampled_from([1.0, 0.99, 0.8]), st.integers(0, 20), st.integers(0, 99))
+@settings(once, max_examples=12)
+def test_gains(n: int, m: int, forgetting: float, batches: int, seed: int) -> None:
+    R, w, V = (t.to(DEVICE) for t in batch(n, m, seed, batches))
+    agrees(ops.ridge_gain(R, w, V, 0.1, forgetting, backend="cuda"), R, w, V, forgetting)
+
+
+# one block; blocks together; moments in slices
+@pytest.mark.parametrize(("n", "m"), [(64, 128), (64, 129), (70, 300), (2000, 50), (700, 130), (64, 1000)])
+def test_gains_by_many_blocks(n: int, m: int) -> None:
+    R, w, V = (t.to(DEVICE) for t in batch(n, m, 0, 4))
+    agrees(ops.ridge_gain(R, w, V, 0.1, 0.99, backend="cuda"), R, w, V, 0.99)
+
+
+@pytest.mark.parametrize("m", [20, 150])
+def test_gains_of_groups(m: int) -> None:
+    R, w, V = (t.to(DEVICE) for t in batch(21, m, 0, 4))
+    groups = torch.stack((R, 2 * R.roll(1, 1), R.flip(1)))
+    for given_R, given_V in ((groups, V.expand(3, m, m)), (groups.mT.contiguous().mT, V.expand(3, m, m).clone())):
+        agrees(ops.ridge_gain(given_R, w, given_V, 0.1, 0.9, backend="cuda"), given_R, w, given_V, 0.9)
