@@ -16,6 +16,7 @@
 #include "conv_gradient.h"
 #include "feedback.h"
 #include "fused_mlp.h"
+#include "linear.h"
 #include "noise.h"
 #include "pointwise.h"
 #include "ridge_gain.h"
@@ -223,6 +224,42 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   if (is_gpu(z)) return on_gpu(z, [&](int device, void* stream) { FBK_CUDA(pointwise_cuda(params, device, stream)); });
   py::gil_scoped_release release;
   fbk::pointwise_cpu(params, path, threads);
+}
+
+static void linear(const TensorView& x, const std::optional<TensorView>& p, const TensorView& weight,
+                   const std::optional<TensorView>& bias, const TensorView& h,
+                   const std::optional<TensorView>& perturbed, const std::optional<TensorView>& kept,
+                   const std::string& activation, const TensorView& step, int64_t seed, int64_t point, double std,
+                   const std::string& kind, int64_t rows, bool antithetic, int64_t offset) {
+  require(is_gpu(x), "x must be on a CUDA device");
+  require(x.ndim == 2 && weight.ndim == 2, "x must be [samples, inputs] and weight [units, inputs]");
+  const int64_t samples = x.shape[0], inputs = x.shape[1], units = weight.shape[0];
+  require(rows >= 0 && rows <= samples,
+          "rows must be in [0, " + std::to_string(samples) + "], got " + std::to_string(rows));
+  auto data = [&](const char* name, const std::optional<TensorView>& t, const std::vector<int64_t>& shape) {
+    if (t) expect(name, *t, shape, fbk::dl_float, 32, &x);
+    return t ? t->ptr<float>() : nullptr;
+  };
+  fbk::LinearParams l{};
+  fbk::PointwiseParams& b = l.behind;
+  b.activation = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
+  b.window = {1, 1, 1, 1, units, 1, 1, 1, 1, 0, 0};
+  b.samples = samples, b.noise_rows = rows, b.rows = rows * (1 + antithetic);
+  require(perturbed.has_value() == (rows > 0), "perturbed must be given where rows > 0");
+  require(!p || perturbed, "p must not be given without perturbed");
+  require(kept.has_value() == (b.activation == fbk::Activation::gelu), "kept must be given for gelu alone");
+  l.x = data("x", x, {samples, inputs});
+  l.p = data("p", p, {b.rows, inputs});
+  l.weight = data("weight", weight, {units, inputs});
+  l.inputs = inputs;
+  b.q = l.p;
+  b.bias = data("bias", bias, {units});
+  b.h = data("h", h, {samples, units});
+  b.p = data("perturbed", perturbed, {b.rows, units});
+  b.kept = data("kept", kept, {samples, units});
+  std::tie(b.noise, b.kind) = NoiseKey{step, seed, point, std, kind, offset}.params("x", x, nullptr, rows, units);
+  if (h.numel() == 0) return;
+  on_gpu(x, [&](int device, void* stream) { FBK_CUDA(linear_cuda(l, device, stream)); });
 }
 
 static void unpool(const TensorView& delta, const TensorView& winner, const TensorView& out, const Sizes& sizes,
@@ -591,6 +628,9 @@ PYBIND11_MODULE(_C, m) {
         "sizes"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0,
         "threads"_a = 1, "simd"_a = "",
         "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
+  m.def("linear", &linear, "x"_a, "p"_a.none(true), "weight"_a, "bias"_a.none(true), "h"_a, "perturbed"_a.none(true),
+        "kept"_a.none(true), "activation"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a,
+        "antithetic"_a = false, "offset"_a = 0, "A linear map, bias, activation and noise of both streams, on a GPU.");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");
   m.def("feedback_update", &feedback_update, "B"_a, "out"_a.none(true), "M"_a.none(true), "G"_a.none(true),

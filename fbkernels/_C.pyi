@@ -38,6 +38,24 @@ def pointwise(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
+def linear(
+    x: Tensor,
+    p: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    perturbed: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    step: Tensor,
+    seed: int,
+    point: int,
+    std: float,
+    kind: str,
+    rows: int,
+    antithetic: bool = False,
+    offset: int = 0,
+) -> None: ...
 def unpool(delta: Tensor, winner: Tensor, out: Tensor, sizes: Sequence[int], threads: int = 1, simd: str = "") -> None: ...
 def feedback_update(
     B: Tensor,

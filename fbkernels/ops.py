@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fbkernels import reference
+from fbkernels import reference, tuning
 from fbkernels._check import in_interval, integer, non_negative, one_of, positive
 
 try:
@@ -506,8 +506,22 @@ def _linear(
             z, q = linear(x, weight, bias), None if p is None else linear(p, weight, bias)
         return _pointwise(z, q, None, activation, *_NO_POOL, *key, antithetic=antithetic, offset=offset, backend=backend, **update)
 
-    if _backend(x, backend) == "triton":
+    def kernel() -> tuple[Tensor, ...]:
+        like = x.new_empty(1).expand(len(x), len(weight))
+        h, perturbed, kept, winner = _pointwise_outputs(like, activation, "none", (), (), (), rows * (1 + antithetic))
+        given = (t if t.numel() else None for t in (perturbed, kept))
+        dense = (None if t is None else t.contiguous() for t in (x, p, weight, bias))
+        _C.linear(*dense, h, *given, activation, step, seed, point, std, kind, rows, antithetic, offset)  # type: ignore[arg-type]
+        return h, perturbed, kept, winner, *_ride(x, key, offset, backend, **update)
+
+    chosen = _backend(x, backend)
+    if chosen == "triton":
         out = _fused("perturbed_linear", x, p, weight, bias, _LINEAR, activation, key, antithetic, offset, update, library)
+    elif chosen == "cuda":
+        integer("rows", rows, 0, len(x))
+        shapes = (*x.shape, *weight.shape, 0 if p is None else len(p))
+        run = {"kernel": kernel, "library": library}
+        out = run[tuning.fastest("perturbed_linear_cuda", (activation, kind, *shapes), tuple(run), lambda name: run[name]())]()
     else:
         out = library()
     return *out[:3], *out[4:]

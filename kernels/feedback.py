@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels.kernels import tuning
+from fbkernels import tuning
 from fbkernels.kernels.activation import derivative
 from fbkernels.kernels.feedback_update import precision
 

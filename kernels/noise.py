@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fbkernels.kernels import tuning
+from fbkernels import tuning
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels.kernels import tuning
+from fbkernels import tuning
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Plan, update_tile
 from fbkernels.kernels.noise import shared, store_perturbed

@@ -13,7 +13,7 @@ import fbkernels as fb
 from fbkernels import _C, ops, reference
 
 pytest.importorskip("triton")
-from fbkernels.kernels import tuning
+from fbkernels import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 KINDS = ("gaussian", "rademacher")

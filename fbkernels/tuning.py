@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import triton
 
 T = TypeVar("T")
 ROUNDS = 10
@@ -44,7 +43,8 @@ def capability() -> int:
 def fastest(kernel: str, key: tuple[Any, ...], candidates: Sequence[T], run: Callable[[T], Any]) -> T:
     """The recorded choice for this GPU, ``kernel`` and ``key``; where there is none, the candidate with the least median time.
 
-    A choice is recorded for the process and in ``~/.cache/fbkernels/<GPU>-triton<version>.json``, or the file that ``FBK_TUNING`` names.
+    A choice is recorded for the process and in ``~/.cache/fbkernels/<GPU>-triton<version>.json`` (``torch<version>`` without Triton), or
+    the file that ``FBK_TUNING`` names.
     Without a GPU, in Triton's interpreter and while a CUDA graph is captured nothing can be timed: the first candidate, not recorded.
 
     Args:
@@ -102,7 +102,13 @@ def _time(candidates: Sequence[T], run: Callable[[T], Any]) -> T:
 
 def _file() -> Path:
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name())
-    return Path(os.environ.get("FBK_TUNING") or Path.home() / ".cache" / "fbkernels" / f"{gpu}-triton{triton.__version__}.json")
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        compiler = f"torch{torch.__version__}"
+    else:
+        compiler = f"triton{triton}"
+    return Path(os.environ.get("FBK_TUNING") or Path.home() / ".cache" / "fbkernels" / f"{gpu}-{compiler}.json")
 
 
 def _load() -> dict[str, Any]:
