@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import fbkernels as fb
-from fbkernels import fused_mlp
+from fbkernels import fused_mlp, ops
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +72,18 @@ def engine() -> Iterator[None]:
     else:
         with mock.patch.object(fused_mlp, "_C", compiled()):
             yield
+
+
+@contextmanager
+def backend() -> Iterator[None]:
+    """The operators have the backend "cuda"."""
+    with ExitStack() as stack:
+        stack.callback(ops._native.cache_clear)
+        if not torch.cuda.is_available():
+            for name, value in (("_C", compiled()), ("_BUILD", compiled().build_info())):
+                stack.enter_context(mock.patch.object(ops, name, value))
+        ops._native.cache_clear()
+        yield
 
 
 def moved(net: fb.FusedMLP, *data: Tensor) -> tuple[fb.FusedMLP, *tuple[Tensor, ...]]:

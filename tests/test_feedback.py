@@ -146,19 +146,25 @@ def test_feedback_is_the_reference(n: int, units: int, m: int, activation: str, 
     assert torch.equal(ops.feedback(e, B, kept, activation), results[-1])
 
 
-@given(
+feedbacks = st.tuples(
     st.integers(1, 5),
     st.integers(1, 70),
     st.integers(1, 40),
     st.sampled_from([None, ([2, 2], [2, 2], [0, 0]), ([3, 3], [2, 2], [1, 1]), ([5, 3], [1, 2], [2, 1]), ([2, 3], [3, 1], [1, 0])]),
     st.sampled_from(tuple(reference.ACTIVATIONS)),
-    st.sampled_from([torch.float32, torch.float16]),
     st.sampled_from([torch.contiguous_format, torch.channels_last]),
     st.integers(0, 99),
 )
+
+
+@given(feedbacks, st.sampled_from([torch.float32, torch.float16]))
 @settings(max_examples=50, deadline=None)
-def test_feedback_before_a_pooling_in_triton(
-    n: int, channels: int, m: int, window: Any, activation: str, dtype: torch.dtype, layout: torch.memory_format, seed: int
+def test_feedback_before_a_pooling_in_triton(case: tuple[Any, ...], dtype: torch.dtype) -> None:
+    check_feedback("triton", dtype, *case)
+
+
+def check_feedback(
+    backend: str, dtype: torch.dtype, n: int, channels: int, m: int, window: Any, activation: str, layout: torch.memory_format, seed: int
 ) -> None:
     size, options, winner = [5, 7], {}, None
     z = normal(n, channels, *size, seed=seed).to(dtype)
@@ -176,7 +182,7 @@ def test_feedback_before_a_pooling_in_triton(
     given = [guarded(t.to(DEVICE)) for t in (e, B, kept)]
     won = None if winner is None else guarded(winner.to(DEVICE))
     with poisoned():
-        delta = ops.feedback(*given, activation, winner=won, **options, backend="triton").cpu()
+        delta = ops.feedback(*given, activation, winner=won, **options, backend=backend).cpu()
     exact = {"winner": winner, **options, "backend": "reference"}
     expected = ops.feedback(e.double(), B.double(), kept.double(), activation, **exact)
     # of each of the windows that a place won a sum of m products, phi', at most 1.13, off by 8 eps; then the rounding to the dtype

@@ -19,7 +19,7 @@ from test_feedback import bounds, double
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import ops, reference
+from fbkernels import ops, reference, tuning
 
 pytest.importorskip("triton")
 from fbkernels import kernels
@@ -28,7 +28,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEP = torch.tensor(5, device=DEVICE)
 CL = torch.channels_last
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}  # half an ulp of 1
-DTYPES = {"cpp": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.float16)}  # the interpreter has no products in bfloat16
+DTYPES = {"cpp": (torch.float32, torch.bfloat16), "cuda": (torch.float32,)}
+DTYPES |= {"triton": (torch.float32, torch.float16)}  # the interpreter has no products in bfloat16
 FORMS = ("", "factors", "M", "G", "predicts", "factors predicts", "M predicts", "G predicts")
 OPS: dict[str, Callable[..., Any]] = {"linear": ops.perturbed_linear, "conv2d": ops.perturbed_conv2d}
 
@@ -131,7 +132,8 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> None:
 
 
 def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate: int = 0) -> None:
-    with poisoned(), mock.patch.object(kernels, "fastest", lambda *given: given[2][candidate]):
+    choice = lambda *given: given[2][candidate]  # noqa: E731
+    with poisoned(), mock.patch.object(kernels, "fastest", choice), mock.patch.object(tuning, "fastest", choice):
         h, p, kept, *rest = op(**call, backend=backend)
     *rest, new, parts = rest
     want_h, want_p, want_kept, *_, want_new, want_parts = op(**double(call), backend="reference")
