@@ -77,7 +77,6 @@ __device__ inline void moments(const Team& team, const double* A, const double* 
 // positive. `work` is as large as X.
 __device__ inline void invert_factor(const double* A, int64_t m, int64_t k0, double* X, double* work) {
   const int i = int(threadIdx.x) / 8, first = int(threadIdx.x) % 8;
-  __syncthreads();  // what is still read there
   for (int j = first; j < panel; j += 8) {
     const bool inside = k0 + i < m && k0 + j < m;
     work[i * inverse_pitch + j] = inside ? A[(k0 + i) * m + k0 + j] : i == j;

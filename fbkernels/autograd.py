@@ -185,15 +185,15 @@ class Block(torch.autograd.Function):
         if ctx.behind.delta is not None:
             delta, ctx.behind.delta = ctx.behind.delta, None
         elif epilogue.pool == "max":
-            compiled = ctx.behind.backend == "cpp"
-            if compiled and norm is None and layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
+            backend = ctx.behind.backend
+            if backend == "cpp" and norm is None and layer is not None and layer.convolution and sparse_gradient(layer, ctx.like):
                 like = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=x.dtype)
                 grads = ops.pooled_weight_gradient(
                     delta, winner, x, like, layer.stride, layer.padding, layer.dilation, *epilogue.window, backend="cpp"
                 )
                 needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:3], strict=True)]
                 return None, *needed, *(None,) * 9
-            delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="cpp" if compiled else "auto")
+            delta = ops.unpool(delta, winner, ctx.behind.size, *epilogue.window, backend="auto" if backend == "triton" else backend)
         elif epilogue.pool == "avg":
             with torch.enable_grad():
                 y = z

@@ -53,6 +53,14 @@ def emulating() -> bool:
     return _BUILD.get("nvcc") == "emulated"
 
 
+def _for_gpus_from(arch: int) -> str:
+    """Why this GPU is too old, or nothing."""
+    capability = torch.cuda.get_device_capability()
+    if capability >= divmod(arch, 10):
+        return ""
+    return f"for GPUs from compute capability {arch // 10}.{arch % 10} on, this one has {'.'.join(map(str, capability))}"
+
+
 def backends() -> dict[str, str]:
     """Each backend with ``"available"``, or what is missing for it here."""
     if not _TRITON:
@@ -61,10 +69,8 @@ def backends() -> dict[str, str]:
         triton = "available in Triton's interpreter, for tests"
     elif not torch.cuda.is_available():
         triton = "installed, but torch sees no CUDA device"
-    elif torch.cuda.get_device_capability() < (8, 0):
-        triton = f"for GPUs from compute capability 8.0 on, this one has {'.'.join(map(str, torch.cuda.get_device_capability()))}"
     else:
-        triton = "available"
+        triton = _for_gpus_from(80) or "available"
     if not _BUILD["cuda"]:
         cuda = f"not compiled in ({_BUILD['cuda_off']}): install the CUDA toolkit and run `FBK_CUDA=1 pip install .`"
     elif emulating():
@@ -72,7 +78,8 @@ def backends() -> dict[str, str]:
     elif not torch.cuda.is_available():
         cuda = "compiled in, but torch sees no CUDA device"
     else:
-        cuda = "available for float32"
+        lowest = min(int(arch.rstrip("af")) for arch in _BUILD["cuda_archs"].split(";"))
+        cuda = _for_gpus_from(lowest) or "available for float32"
     return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
 
 
@@ -509,9 +516,10 @@ def _linear(
     def kernel() -> tuple[Tensor, ...]:
         like = x.new_empty(1).expand(len(x), len(weight))
         h, perturbed, kept, winner = _pointwise_outputs(like, activation, "none", (), (), (), rows * (1 + antithetic))
-        given = (t if t.numel() else None for t in (perturbed, kept))
-        dense = (None if t is None else t.contiguous() for t in (x, p, weight, bias))
-        _C.linear(*dense, h, *given, activation, step, seed, point, std, kind, rows, antithetic, offset)  # type: ignore[arg-type]
+        out, k = (t if t.numel() else None for t in (perturbed, kept))
+        q, b = (None if t is None else t.contiguous() for t in (p, bias))
+        given = (x.contiguous(), q, weight.contiguous(), b)
+        _C.linear(*given, h, out, k, activation, step, seed, point, std, kind, rows, antithetic, offset)
         return h, perturbed, kept, winner, *_ride(x, key, offset, backend, **update)
 
     chosen = _backend(x, backend)

@@ -1,0 +1,59 @@
+"""What nvcc makes of csrc/*.cu for the GPUs that a wheel is built for: no warning, no spill, registers that leave room for blocks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_build import setup_py  # noqa: F401
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH: nothing compiles the CUDA sources")
+
+ARCHS = ("80", "90")
+# registers of a thread; a multiprocessor has 65,536
+MOST = {
+    "noise_kernel": 40,
+    # 3 blocks of 256 threads
+    "pointwise_kernel": 80,
+    "unpool_kernel": 80,
+    "linear_kernel": 80,
+    "feedback_kernel": 80,
+    "feedback_update_kernel": 80,
+    # 1 block, which waits for those of the other multiprocessors: of 256 threads, of 384
+    "ridge_gain_kernel": 255,
+    "fused_mlp_kernel": 168,
+}
+
+
+def kernel(symbol: str) -> str:
+    (name,) = {n for n in MOST if re.search(rf"\d{n}(I|E)", symbol)}  # one without limits has no place here
+    return name
+
+
+def test_registers_spills_and_shared_memory(setup_py: ModuleType) -> None:  # noqa: F811
+    sources = sorted((Path(__file__).parents[1] / "csrc").glob("*.cu"), key=lambda s: -s.stat().st_size)
+    command = ["nvcc", *shlex.split(setup_py.NVCCFLAGS), *setup_py.gencode(";".join(ARCHS))[:-1], "-Xptxas=-v", "-c", "-o", "/dev/null"]
+
+    def compile(source: Path) -> str:
+        done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        text = "".join(pool.map(compile, sources))
+    _, *parts = re.split(r"Compiling entry function '(\S+)' for 'sm_(\d+)'", text)
+    seen = set()
+    for symbol, arch, report in zip(*[iter(parts)] * 3, strict=True):
+        seen.add((kernel(symbol), arch))
+        memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert set(memory) == {("0", "0", "0")}, (symbol, arch, report)
+        used = re.search(r"Used (\d+) registers", report)
+        assert used and int(used[1]) <= MOST[kernel(symbol)], (symbol, arch, report)
+        assert "smem" not in report, (symbol, arch, report)  # of shared memory the dynamic alone
+    assert seen == {(name, arch) for name in MOST for arch in ARCHS}
