@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from test_perturbed_layers import example
 from test_pointwise import calls
 from test_pointwise import check as check_pointwise
 from test_ridge_gain import agrees, batch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import ops, tuning
@@ -199,6 +200,34 @@ def test_the_order_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) ->
     for order in (1, 2, 3):
         monkeypatch.setenv("FBK_EMULATED_ORDER", str(order))
         assert all(torch.equal(a, b) for a, b in zip(everything(), expected, strict=True))
+
+
+def trained(rule: fb.Rule, dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
+    """A convolutional network after three steps."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.Tanh(), nn.AvgPool2d(2))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(20, 19), nn.GELU(), nn.Linear(19, 5)).to(DEVICE, dtype)
+    net = fb.convert(model, rule=rule, noise_std=0.1, antithetic=True, backend=backend)
+    criterion, optimizer = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        loss = criterion(net(torch.randn(9, 2, 14, 14).to(DEVICE, dtype)), torch.randint(5, (9,)).to(DEVICE))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {k: v.double() for k, v in net.state_dict().items() if v.is_floating_point()}
+
+
+@pytest.mark.parametrize("rule", [fb.Ridge(1.0), fb.LMS(1e-3), fb.Joint(signal="output"), fb.Joint(signal="loss")], ids=str)
+def test_a_network_trains(rule: fb.Rule) -> None:
+    """Rounding takes it from float64 as far as it takes torch in float32."""
+    exact, single, ours = (
+        trained(copy.deepcopy(rule), dtype, backend)
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "cuda"))
+    )
+    assert exact.keys() == ours.keys()
+    for key, want in exact.items():
+        error, limit = (float((states[key] - want).norm()) for states in (ours, single))
+        assert error <= 2 * limit + 2.0**-22 * float(want.norm()), key
 
 
 @pytest.mark.parametrize("change", [{}, {"p": None}, {"B": None, "M": None, "G": None, "learned_step": None, "predicts": False}], ids=len)
