@@ -53,6 +53,20 @@ void launch(void (*kernel)(Params), int64_t grid, int block, size_t shared, void
   check(cudaLaunchKernelEx(&config, kernel, params));
 }
 
+// Blocks of one launch that work on the same thing.
+struct Team {
+  int64_t rank, size;
+  Span span;
+
+  __device__ void sync() const {
+    if (span == Span::block) return __syncthreads();
+    if (span == Span::grid) return cooperative_groups::this_grid().sync();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    cooperative_groups::this_cluster().sync();
+#endif
+  }
+};
+
 __device__ inline char* shared_memory() {
 #ifdef FBK_EMULATED
   return emulated_shared_memory();

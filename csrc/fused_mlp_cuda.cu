@@ -7,6 +7,7 @@
 #include "activation_cuda.h"
 #include "cuda.h"
 #include "fused_mlp.h"
+#include "ridge_gain_cuda.h"
 
 // One launch for many steps: blocks own units of every layer, four at a time, with their rows of W and B in shared
 // memory where they fit, and meet at a barrier where one needs what others have computed. Every sum has one order: the
@@ -15,14 +16,17 @@ namespace fbk {
 
 namespace {
 
-constexpr int warp_size = 32, threads = 384, warps = threads / warp_size;
+constexpr int warp_size = 32, warps = threads / warp_size;
 constexpr int granule = 4;  // units of a warp's product
 template <class T>
-constexpr int tile = sizeof(T) == 8 ? 4 : 8;  // and samples: granule * tile sums, for as many lanes
-constexpr int64_t most_work = 1 << 13;        // doubles in shared memory for a regression: 64 KB
-constexpr int most_cluster = 8;               // blocks, on every device that has clusters
+constexpr int strip = sizeof(T) == 8 ? 4 : 8;  // and samples: granule * strip sums, for as many lanes
+constexpr int64_t most_work = 1 << 13;         // doubles in shared memory for a regression: 64 KB
+constexpr int most_cluster = 8;                // blocks, on every device that has clusters
 
 FBK_INLINE int64_t granules(int64_t n) { return (n + granule - 1) / granule; }
+
+// Whether all blocks do a regression together, by csrc/ridge_gain_cuda.h; a small one is one block's.
+FBK_INLINE bool by_all(const FusedMlpParams& p, int r) { return !p.downdate && p.order(r) > 64; }
 
 // What a run needs besides, [samples, units padded to whole granules] where not said otherwise.
 struct MlpDeviceScratch {
@@ -34,7 +38,7 @@ struct MlpDeviceScratch {
   float *usable[max_layers], *gain[max_layers];                  // [samples]; Q [samples, regressors]
   float *error, *loss, *loss_change, *w, *ok;                    // [samples, outputs padded]; [samples]
   double *U[max_layers], *T[max_layers];                         // [samples, regressors]
-  double *S[max_layers], *inverse[max_layers];                   // [order, order]
+  double *S[max_layers], *inverse[max_layers];                   // [order, order]; S by all: RidgeGainParams::scratch
   int* failed;                                                   // any regression: float64 does not carry it
 
   template <class T>
@@ -55,7 +59,11 @@ struct MlpDeviceScratch {
       const int64_t m = p.layer[r].regressors, order = p.order(r);
       take(usable[r], n), take(gain[r], n * m);
       if (p.rule != MlpRule::ridge) continue;
-      take(U[r], n * m), take(T[r], n * m), take(S[r], order * order), take(inverse[r], order * order);
+      take(U[r], n * m);
+      if (by_all(p, r))
+        take(S[r], (3 * n + 2 * m) * m);
+      else
+        take(T[r], n * m), take(S[r], order * order), take(inverse[r], order * order);
     }
   }
 };
@@ -84,15 +92,15 @@ __device__ inline T warp_sum(T v, int among = warp_size) {
   return v;
 }
 
-// The rows of a tile of samples, from c0 on; the last tile repeats its first.
+// The rows of a strip of samples, from c0 on; the last strip repeats its first.
 template <class T>
-struct Rows {
+struct Samples {
   const float* data;
-  int at[tile<T>];  // -1: counts as zeros
+  int at[strip<T>];  // -1: counts as zeros
 
-  __device__ Rows(const float* from, int width, int c0, int count, const float* usable = nullptr) : data(from) {
+  __device__ Samples(const float* from, int width, int c0, int count, const float* usable = nullptr) : data(from) {
 #pragma unroll
-    for (int c = 0; c < tile<T>; ++c) {
+    for (int c = 0; c < strip<T>; ++c) {
       const int n = c0 + c < count ? c0 + c : c0;
       at[c] = usable == nullptr || usable[n] != 0 ? n * width : -1;
     }
@@ -100,24 +108,24 @@ struct Rows {
   __device__ float operator()(int c, int k) const { return at[c] < 0 ? 0 : data[at[c] + k]; }
 };
 
-// Sums over k, which the lanes share among them, of a(i, k) b(c, k) for a granule of i and a tile of c.
+// Sums over k, which the lanes share among them, of a(i, k) b(c, k) for a granule of i and a strip of c.
 template <class T>
 struct Dots {
-  T sum[granule * tile<T>] = {};
+  T sum[granule * strip<T>] = {};
 
   template <class A, class B>
   __device__ void add(int depth, int lane, A a, B b) {
 #pragma unroll 2
     for (int k = lane; k < depth; k += warp_size) {
-      T left[granule], right[tile<T>];
+      T left[granule], right[strip<T>];
 #pragma unroll
       for (int i = 0; i < granule; ++i) left[i] = T(a(i, k));
 #pragma unroll
-      for (int c = 0; c < tile<T>; ++c) right[c] = T(b(c, k));
+      for (int c = 0; c < strip<T>; ++c) right[c] = T(b(c, k));
 #pragma unroll
       for (int i = 0; i < granule; ++i)
 #pragma unroll
-        for (int c = 0; c < tile<T>; ++c) sum[i * tile<T> + c] += left[i] * right[c];
+        for (int c = 0; c < strip<T>; ++c) sum[i * strip<T> + c] += left[i] * right[c];
     }
   }
 
@@ -132,9 +140,10 @@ struct Dots {
     if constexpr (half > 1) fold<half / 2>(lane);
   }
 
-  // the sum of i = lane / tile % granule, c = lane % tile: each exchange halves the values, or the lanes that share one
+  // the sum of i = lane / strip % granule, c = lane % strip: each exchange halves the values, or the lanes that share
+  // one
   __device__ T reduce(int lane) {
-    constexpr int values = granule * tile<T>;
+    constexpr int values = granule * strip<T>;
     if constexpr (values < warp_size)
 #pragma unroll
       for (int v = 0; v < values; ++v) sum[v] += __shfl_xor_sync(~0u, sum[v], values);
@@ -161,13 +170,8 @@ struct Run {
     decay_mean = pow(0.9, t), decay_square = pow(0.999, t);
   }
 
-  __device__ void wait() const {
-    if (q.span == Span::block) return __syncthreads();
-    if (q.span == Span::grid) return cooperative_groups::this_grid().sync();
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    cooperative_groups::this_cluster().sync();
-#endif
-  }
+  __device__ Team team() const { return {block, blocks, q.span}; }
+  __device__ void wait() const { team().sync(); }
 
   // shares
 
@@ -175,9 +179,9 @@ struct Run {
   // of the granules of a layer, or of the rows of a P, the first that is this block's; the next are `blocks` further
   __device__ int first(int l) const { return (block + blocks - l % blocks) % blocks; }
 
-  // f(j, g, c) for the block's own granules g, its j-th, and every tile of columns c, one a warp at a time
+  // f(j, g, c) for the block's own granules g, its j-th, and every strip of columns c, one a warp at a time
   template <class F>
-  __device__ void tiles(int l, int rows, int columns, int width, F f) const {
+  __device__ void strips(int l, int rows, int columns, int width, F f) const {
     const int begin = first(l), across = (columns + width - 1) / width;
     const int own = (granules(rows) - begin + blocks - 1) / blocks;
     for (int item = warp; item < own * across; item += warps) {
@@ -264,12 +268,12 @@ struct Run {
     const MlpLayer& layer = p.layer[l];
     const bool hidden = l < last, twice = p.perturbs();
     const int row = row_of(l), below = l == 0 ? 0 : row_of(l - 1), columns = twice && l > 0 ? 2 * batch : batch;
-    tiles(l, layer.units, columns, tile<float>, [&](int j, int g, int c0) {
+    strips(l, layer.units, columns, strip<float>, [&](int j, int g, int c0) {
       const float* W = weight(l, j, g);
       const int left = layer.units - g * granule;
-      const float* rows[tile<float>];
+      const float* rows[strip<float>];
 #pragma unroll
-      for (int c = 0; c < tile<float>; ++c) {
+      for (int c = 0; c < strip<float>; ++c) {
         const int n = c0 + c < columns ? c0 + c : c0;
         rows[c] = l == 0 ? input(t, n) : s.h[l - 1] + n * below;
       }
@@ -278,7 +282,7 @@ struct Run {
           layer.inputs, lane, [&](int i, int k) { return W[(i < left ? i : 0) * layer.inputs + k]; },
           [&](int c, int k) { return rows[c][k]; });
       const float sum = dots.reduce(lane);
-      const int u = g * granule + lane / tile<float>, c = c0 + lane % tile<float>;
+      const int u = g * granule + lane / strip<float>, c = c0 + lane % strip<float>;
       if (u >= layer.units || c >= columns) return;
       const float z = sum + layer.bias[u], *xi = noise_of(step, l);
       with_activation(layer.activation, [&]<Activation kind>() {
@@ -364,16 +368,16 @@ struct Run {
     const bool transport = p.rule == MlpRule::weight_transport;
     const int row = row_of(l), width = regressor_row(l), m = layer.regressors;
     const float* R = regressor(l);
-    tiles(l, layer.units, batch, tile<float>, [&](int j, int g, int c0) {
+    strips(l, layer.units, batch, strip<float>, [&](int j, int g, int c0) {
       const int left = layer.units - g * granule;
       const float* B = transport ? above.weight + g * granule : feedback(l, j, g);
       const int unit = transport ? 1 : m, regress = transport ? above.inputs : 1;
       Dots<float> dots;
       dots.add(
           m, lane, [&](int i, int k) { return B[(i < left ? i : 0) * unit + k * regress]; },
-          Rows<float>(R, width, c0, batch));
+          Samples<float>(R, width, c0, batch));
       const float dh = dots.reduce(lane);
-      const int u = g * granule + lane / tile<float>, n = c0 + lane % tile<float>;
+      const int u = g * granule + lane / strip<float>, n = c0 + lane % strip<float>;
       if (u >= layer.units || n >= batch) return;
       const float delta = dh * s.slope[l][n * row + u];
       s.delta[l][n * row + u] = delta;
@@ -418,7 +422,7 @@ struct Run {
   // joint on the outputs: what sum_l Xi_l B_l leaves of their change
   __device__ void unpredicted() const {
     const int outputs = p.layer[last].units, row = row_of(last);
-    tiles(0, outputs, batch, tile<float>, [&](int, int g, int c0) {
+    strips(0, outputs, batch, strip<float>, [&](int, int g, int c0) {
       const int left = outputs - g * granule;
       Dots<float> dots;
       for (int l = 0; l < last; ++l) {
@@ -426,10 +430,10 @@ struct Run {
         const int width = row_of(l);
         dots.add(
             p.layer[l].units, lane, [&](int i, int k) { return B[k * outputs + (i < left ? i : 0)]; },
-            Rows<float>(xi, width, c0, batch));
+            Samples<float>(xi, width, c0, batch));
       }
       const float predicted = dots.reduce(lane);
-      const int j = g * granule + lane / tile<float>, n = c0 + lane % tile<float>;
+      const int j = g * granule + lane / strip<float>, n = c0 + lane % strip<float>;
       if (j >= outputs || n >= batch) return;
       const float change = s.h[last][(batch + n) * row + j] - s.h[last][n * row + j];
       s.gain[0][n * outputs + j] = s.usable[0][n] == 0 ? 0 : (change - predicted) * joint_rate();
@@ -518,6 +522,23 @@ struct Run {
     __syncthreads();  // the next one takes the same memory
   }
 
+  // The same by all blocks: the regressors first, then, behind a barrier, the rest.
+  __device__ void gather(int r) const {
+    const int m = p.layer[r].regressors, row = regressor_row(r);
+    float* R = reinterpret_cast<float*>(s.U[r]);
+    for (int i = block * threads + threadIdx.x; i < batch * m; i += blocks * threads) {
+      const int n = i / m;
+      R[i] = s.usable[r][n] == 0 ? 0 : regressor(r)[n * row + i - n * m];
+    }
+  }
+  __device__ void solve_by_all(int r) const {
+    RidgeGainParams g{};
+    g.R = reinterpret_cast<float*>(s.U[r]), g.V = g.V_out = p.layer[r].statistics, g.Q = s.gain[r], g.scratch = s.S[r];
+    g.gamma = p.rule_rate, g.forgetting = p.forgetting, g.samples = batch, g.m = p.layer[r].regressors;
+    g.failed = s.failed;
+    ridge_gain(g, team(), 0, shared + q.work);
+  }
+
   // The same from P = V^-1, which the N x N matrix S = I + R P R^T takes down to its next value; cheap where N < m.
 
   // U = P R^T, transposed: [samples, regressors]
@@ -525,15 +546,15 @@ struct Run {
     const int m = p.layer[r].regressors, row = regressor_row(r);
     const double* P = p.layer[r].statistics;
     const float *R = regressor(r), *usable = s.usable[r];
-    tiles(r, m, batch, tile<double>, [&](int, int g, int c0) {
+    strips(r, m, batch, strip<double>, [&](int, int g, int c0) {
       const int left = m - g * granule;
       Dots<double> dots;
       dots.add(
           m, lane, [&](int i, int k) { return P[(g * granule + (i < left ? i : 0)) * m + k]; },
-          Rows<double>(R, row, c0, batch, usable));
+          Samples<double>(R, row, c0, batch, usable));
       const double sum = dots.reduce(lane);
-      const int u = g * granule + lane / tile<double>, n = c0 + lane % tile<double>;
-      if (lane < granule * tile<double> && u < m && n < batch) s.U[r][n * m + u] = sum;
+      const int u = g * granule + lane / strip<double>, n = c0 + lane % strip<double>;
+      if (lane < granule * strip<double> && u < m && n < batch) s.U[r][n * m + u] = sum;
     });
     each_sample([&](int n) {
       float power = 0;
@@ -548,15 +569,15 @@ struct Run {
     const int m = p.layer[r].regressors, row = regressor_row(r);
     const float* R = regressor(r);
     const double* U = s.U[r];
-    tiles(r, batch, batch, tile<double>, [&](int, int g, int c0) {
+    strips(r, batch, batch, strip<double>, [&](int, int g, int c0) {
       const int left = batch - g * granule;
       Dots<double> dots;
       dots.add(
           m, lane, [&](int i, int k) { return U[(g * granule + (i < left ? i : 0)) * m + k]; },
-          Rows<double>(R, row, c0, batch, s.usable[r]));
+          Samples<double>(R, row, c0, batch, s.usable[r]));
       const double sum = dots.reduce(lane);
-      const int i = g * granule + lane / tile<double>, n = c0 + lane % tile<double>;
-      if (lane < granule * tile<double> && i < batch && n < batch) s.S[r][i * batch + n] = sum + (i == n ? 1 : 0);
+      const int i = g * granule + lane / strip<double>, n = c0 + lane % strip<double>;
+      if (lane < granule * strip<double> && i < batch && n < batch) s.S[r][i * batch + n] = sum + (i == n ? 1 : 0);
     });
   }
 
@@ -601,7 +622,7 @@ struct Run {
   template <class T, class A, class B, class Emit>
   __device__ void outer(int l, int rows, int columns, A a, B b, Emit emit) const {
     constexpr int wide = sizeof(T) == 8 ? 2 : 4;
-    tiles(l, rows, columns, warp_size * wide, [&](int j, int g, int c0) {
+    strips(l, rows, columns, warp_size * wide, [&](int j, int g, int c0) {
       T sum[granule][wide] = {};
 #pragma unroll 4
       for (int n = 0; n < batch; ++n) {
@@ -674,7 +695,7 @@ struct Run {
           float* state = layer.weight_state + (g * granule + i) * layer.inputs + c;
           descend(weight(l, j, g) + i * layer.inputs + c, state, size, v, rate, root);
         });
-    tiles(l, layer.units, 1, 1, [&](int, int g, int) {
+    strips(l, layer.units, 1, 1, [&](int, int g, int) {
       constexpr int share = warp_size / granule;
       const int u = g * granule + lane / share;
       float sum = 0;
@@ -713,7 +734,8 @@ struct Run {
     const bool ridge = p.rule == MlpRule::ridge;
     for (int r = 0; r < p.regressions(); ++r) {
       // from the end: the first blocks own most units
-      if (ridge && !p.downdate && block == blocks - 1 - r % blocks) solve(r);
+      if (ridge && by_all(p, r)) gather(r);
+      if (ridge && !by_all(p, r) && !p.downdate && block == blocks - 1 - r % blocks) solve(r);
       if (ridge && p.downdate) project(r);
       if (p.rule == MlpRule::lms || p.rule == MlpRule::joint_loss) scale_regressors(r);
     }
@@ -731,6 +753,8 @@ struct Run {
         if (block == blocks - 1 - r % blocks) factor(r);
       wait();
     }
+    for (int r = 0; r < p.regressions(); ++r)
+      if (ridge && by_all(p, r)) solve_by_all(r), wait();
     if (ridge && *s.failed) return false;
     if (ridge && p.downdate) {
       for (int r = 0; r < p.regressions(); ++r) gains(r);
@@ -804,9 +828,15 @@ void fused_mlp_cuda(const FusedMlpParams& p, int64_t* counters, char* scratch, i
     used += bytes;
     return int(used - bytes);
   };
-  for (int r = 0; r < p.regressions() && p.rule == MlpRule::ridge; ++r)
-    if (work_numbers(p, r) <= most_work) q.work_numbers = std::max(q.work_numbers, int(work_numbers(p, r)));
-  q.work = place(q.work_numbers * 8);
+  int64_t work = 0;
+  for (int r = 0; r < p.regressions() && p.rule == MlpRule::ridge; ++r) {
+    if (by_all(p, r))
+      work = ridge_gain_shared;
+    else if (work_numbers(p, r) <= most_work)
+      q.work_numbers = std::max(q.work_numbers, int(work_numbers(p, r)));
+  }
+  q.work = place(std::max<int64_t>(work, q.work_numbers * 8));
+  if (work > 0 && q.work == 0) throw std::runtime_error("too little shared memory for a ridge of so many regressors");
   if (!q.work) q.work_numbers = 0;
   q.inputs = place(p.batch * p.layer[0].inputs * 4);
   for (int l = 0; l < p.layers; ++l) {

@@ -12,11 +12,14 @@ namespace fbk {
 struct RidgeGainParams {
   const float *R, *w;  // [samples, m], [samples]
   const double* V;     // [m, m]
-  double* V_out;       // likewise, not V
-  float *Q, *M, *G;    // [samples, m], [m, m], [samples, m]
+  double* V_out;       // likewise, on the CPU not V
+  float *Q, *M, *G;    // [samples, m], [m, m], [samples, m]; on a GPU M and G, with it w, may be null
   double* scratch;     // [3 samples + 2 m, m]
   double gamma, forgetting;
   int64_t samples, m, groups;
+  // on a GPU: parts of the samples for the blocks to share, at most samples / m; 1 where no gain is finite, or null
+  int64_t slices = 1;
+  int* failed = nullptr;
 };
 
 // std::runtime_error where V is not positive definite in float64

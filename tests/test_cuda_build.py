@@ -25,9 +25,9 @@ MOST = {
     "linear_kernel": 80,
     "feedback_kernel": 80,
     "feedback_update_kernel": 80,
-    # 1 block, which waits for those of the other multiprocessors: of 256 threads, of 384
+    # 1 block, which waits for those of the other multiprocessors
     "ridge_gain_kernel": 255,
-    "fused_mlp_kernel": 168,
+    "fused_mlp_kernel": 255,
 }
 
 

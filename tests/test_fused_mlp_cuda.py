@@ -48,6 +48,26 @@ def test_neither_blocks_nor_the_order_of_threads_change_a_bit(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(("rule", "batch"), [(fb.Ridge(1.0, 0.95), 9), (fb.Ridge(1.0), 70)], ids=names)
+@pytest.mark.parametrize("feedback", ["layerwise", "direct"])
+def test_regressions_that_all_blocks_share(rule: fb.Ridge, batch: int, feedback: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 64 regressors that keep V; the C++ engine's results, and the same bits for any number of blocks and order."""
+    options: dict[str, Any] = {"classes": False, "rule": rule, "feedback": feedback, "lr": 1e-5, "noise_std": 0.1}
+    net, x, y = make((20, 12, 80, 66), 90, **options)
+    with mock.patch.object(fused_mlp, "_C", _C):
+        expected = learned(net, net.fit(x, y, steps=4, batch_size=batch))
+    results = []
+    for blocks, order in ((1, 1), (3, 2), (4, 3)):
+        monkeypatch.setenv("FBK_EMULATED_ORDER", str(order))
+        cuda, *data = start((20, 12, 80, 66), 90, blocks, **options)
+        results.append(learned(cuda, cuda.fit(*data, steps=4, batch_size=batch)))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], results[-1], strict=True))
+        for V, exact in zip(cuda._V, net._V, strict=True):
+            assert distance(V.cpu(), exact) < 1e-4  # float32 regressors
+    for mine, theirs in zip(results[0], expected, strict=True):
+        assert distance(mine.cpu(), theirs) < 4 * 2 * len(net.weights) * EPS / net.noise_std  # a rounding a layer and step, of the noise
+
+
 @pytest.mark.skipif(ON_GPU, reason="a GPU has the shared memory it has")
 @pytest.mark.parametrize("limit", [3500, 9000, 14000, 232448])
 def test_what_fits_into_shared_memory_changes_no_bit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
