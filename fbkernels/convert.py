@@ -74,8 +74,10 @@ def convert(
         raise TypeError(f"rule must be an fbkernels rule such as Ridge(), got {rule!r}")
     if feedback not in rule.structures:
         raise ValueError(f"feedback must be {' or '.join(map(repr, rule.structures))} with {rule!r}, got {feedback!r}")
+    places = _places(model, points, include, exclude)
     owner = Feedback(
         layerwise=feedback == "layerwise" and not rule.private,
+        everywhere=points is None and include is None and exclude is None and "point" not in places.values(),
         rule=rule,
         noise_std=float(positive("noise_std", noise_std)),
         noise=one_of("noise", noise, ("gaussian", "rademacher")),
@@ -86,7 +88,6 @@ def convert(
         warmup=integer("warmup", warmup, 0),
         backend=backend,
     )
-    places = _places(model, points, include, exclude)
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     owner.to(device)
     if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
@@ -106,6 +107,12 @@ def convert(
             point.channels_first = isinstance(module, _ConvNd)
         point.name, point.index, point._net = name, len(owner.points), (owner,)
         owner.points[name] = point
+    if owner.layerwise:
+        for name in _layers(net):
+            module, point = net.get_submodule(name), FeedbackPoint()
+            point.name, point.reads, point.converted, point._net = f"{name}.input", name, True, (owner,)
+            owner.readers[name.replace(".", "/")] = point
+            module.register_forward_pre_hook(point.enter)
     # a child of the first point and not of the network, which may be a Sequential that runs its children
     next(iter(owner.points.values())).shared = owner
     net.__dict__["feedback"] = owner
@@ -130,13 +137,19 @@ def _places(
             raise ValueError(f"points must name each module once, and at least one, got {names!r}")
         return dict.fromkeys(names, "module")
     own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
-    attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
-    layers = [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not (attention and n.startswith(attention))]
+    layers = _layers(model)
     found = own or dict.fromkeys(layers[:-1], "layer")
     found = {n: k for n, k in found.items() if _matches("include", n, include, True) and not _matches("exclude", n, exclude, False)}
     if not found:
         raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
     return found
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Linear and convolution layers by name; attention is a block."""
+    modules = dict(model.named_modules())
+    attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    return [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not n.startswith(attention)]
 
 
 def _matches(argument: str, name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
@@ -234,7 +247,7 @@ def summary(net: nn.Module) -> Summary:
         B = point.B
         own: Iterable[Tensor | None] = point._buffers.values()
         size = sum(t.numel() * t.element_size() for t in own if t is not None)
-        layer, shape = type(root.get_submodule(name)).__name__, None if B is None else tuple(B.shape)
+        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
     shared = sum(t.numel() * t.element_size() for t in owner._buffers.values() if t is not None)
     title = (

@@ -60,6 +60,7 @@ class FeedbackPoint(LazyBuffers):
         self.name = ""
         self.index = -1
         self.converted = False  # put there by convert, and taken away by revert
+        self.reads = ""  # the layer whose input this is; else the point is behind its own layer
         self._net: tuple[Feedback, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
         self.shape: torch.Size | None = None  # of the activity, without the batch
         self.channels_first: bool | None = None  # whether a convolution made it; None: not known
@@ -133,13 +134,25 @@ class FeedbackPoint(LazyBuffers):
             return defer(self.net, output.deferred, self)
         return streams(self.net, output.clean, output.perturbed, pending=self)
 
+    def enter(self, layer: nn.Module, args: Any) -> None:
+        """Forward pre-hook of a layer whose input this is."""
+        self.net.reader = self
+
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a module named in ``points=``: the noise goes in right after it."""
         return self.perturb(output) if isinstance(output, Streams) else None
 
     def perturb(self, s: Streams) -> Streams:
         net = self.net
-        predicts = net.perturbing and net.rule.predicts and not net.layerwise
+        if net.layerwise:  # the layer that reads it puts the noise in
+            resolve(s).check()
+            if self.name not in net.points:
+                return streams(net, net.cut(s.clean), s.perturbed)
+            net.visit(self, s.clean)
+            self.shape = s.clean.shape[1:]
+            return streams(net, net.cut(s.clean), s.perturbed, source=(self, ()))
+        net.number(self)
+        predicts = net.perturbing and net.rule.predicts
         block = None if s.deferred is None else self.block(s.deferred, predicts)
         if block is not None:
             h, perturbed = block
@@ -148,10 +161,9 @@ class FeedbackPoint(LazyBuffers):
         h, perturbed = s.clean, s.perturbed
         net.visit(self, h)
         self.shape = h.shape[1:]
-        if not net.layerwise:
-            prediction = self.flush(net.perturbed_rows if predicts else 0)
-            if prediction is not None:
-                net.predictions.append(prediction)
+        prediction = self.flush(net.perturbed_rows if predicts else 0)
+        if prediction is not None:
+            net.predictions.append(prediction)
         if net.perturbing:
             xi = self.noise(net.step, net.perturbed_rows, h.dtype)
             perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
@@ -243,14 +255,11 @@ class FeedbackPoint(LazyBuffers):
             raise ValueError(f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}: is this another network's?")
         return B
 
-    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
-        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight."""
-        if self.weight is not None:
-            raise ValueError(
-                f"point {self.name!r} feeds two layers, and layerwise feedback has one B a point: "
-                "use feedback='direct', or name the points with points=[...]"
-            )
+    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor | None:
+        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight; None: backprop."""
         self._weight, self.connection, self.carry = (weight,), connection, carry
+        if not self.net.transports:
+            return None
         if self.net.rule.learned:
             self.create(weight.shape if connection.convolution else weight.shape[::-1], weight.detach())
         B = self.net.rule.feedback(self)

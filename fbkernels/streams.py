@@ -289,8 +289,12 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):
         return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
-    if net.transports and first.source is not None and name in ("linear", "conv1d", "conv2d", "conv3d"):
-        return net.transport(name, *args, **kwargs)
+    if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
+        entry = net.entry(args[0])
+        if entry is not None:
+            return net.transport(entry, name, *args, **kwargs)
+    if net.layerwise and name not in _REARRANGEMENTS:
+        net.forks.update(s.source[0].name for s in every if s.source is not None)
 
     differ = any(s.perturbed is not None for s in every)
     if _in_place(name, kwargs) and differ and first.perturbed is None:
@@ -307,7 +311,7 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         with torch.no_grad():
             perturbed = func(*_fit(name, args, first.clean.shape[0]), **kwargs)
     source = None
-    if net.transports and first.source is not None and name in _REARRANGEMENTS:
+    if net.layerwise and first.source is not None and name in _REARRANGEMENTS:
         rest, n = args[1:], first.clean.shape[0]
         source = (first.source[0], (*first.source[1], (name, lambda t: func(*_fit(name, (t, *rest), n), **kwargs))))
     if isinstance(clean, Tensor):
@@ -387,7 +391,7 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
         mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
         rows = s.net.rows(mask)
         perturbed = None if s.perturbed is None else s.perturbed * rows
-    # the source stays: w xi is without the mask an unbiased target of the gradient behind it, averaged over masks; with it, 1/(1-p) of that
+    # in layerwise the source stays: the layer that reads the activity puts the noise in behind the mask
     return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
 
 
