@@ -137,7 +137,8 @@ class Feedback(LazyBuffers):
             for name in [n for n, p in self.points.items() if p.connection is None and (everywhere or n in self.activities)]:
                 if not everywhere:
                     raise ValueError(
-                        f"layerwise feedback: no Linear or Conv2d reads point {name!r} directly; use feedback='direct', or move the point"
+                        f"layerwise feedback: no Linear or Conv2d reads point {name!r} directly: use feedback='direct', or convert without "
+                        "points, include and exclude, which gives each layer a B of its own"
                     )
                 del self.points[name]
                 self.activities.pop(name, None)
@@ -176,8 +177,8 @@ class Feedback(LazyBuffers):
 
     def cut(self, h: Tensor) -> Tensor:
         """What the next layer gets: detached in direct, so that no gradient crosses a point (DESIGN 1)."""
-        if self.probe == "exact":
-            return h
+        if self.probe == "exact" or (self.probe and self.layerwise):
+            return h.clone()  # h keeps its own gradient when the model goes on in place
         if not self.layerwise:
             return h.detach()
         return h.detach().requires_grad_() if self.warming and not h.requires_grad else h

@@ -355,7 +355,7 @@ class HeadFirst(nn.Module):
 )
 def test_the_output_is_never_perturbed(last: Callable[[Tensor], Tensor]) -> None:
     net = fb.convert(HeadFirst(last))
-    with untouched(net), pytest.raises(ValueError, match="'head'.*output"):
+    with untouched(net), pytest.raises(ValueError, match=r"'head'.*output"):
         net(X)
     # layerwise, noise goes in where a layer reads, and nothing reads the output
     for net in (fb.convert(HeadFirst(last), points=["body"]), fb.convert(HeadFirst(last), feedback="layerwise")):
@@ -425,7 +425,7 @@ def test_layerwise_needs_a_layer_that_reads_the_point() -> None:
             h = self.a(x)
             return self.out(self.b(h)) + F.linear(h, self.out.weight)
 
-    with pytest.raises(ValueError, match="point 'a' feeds two layers, the second no nn.Linear or nn.Conv2d: use feedback='direct'"):
+    with pytest.raises(ValueError, match=r"point 'a' feeds two layers, the second no nn.Linear or nn.Conv2d: use feedback='direct'"):
         fb.convert(Fork(), feedback="layerwise")(X)
     supervised = fb.convert(Fan(), feedback="layerwise", rule=fb.SyntheticGradient(0.1))
     with pytest.raises(ValueError, match=r"SyntheticGradient\(.*learns from the gradient of point 'a', which more"):

@@ -398,8 +398,9 @@ def test_the_perturbed_stream_is_not_saved_for_backward(feedback: str) -> None:
     # where the noise goes in: at the point, or in layerwise in the layer that reads it
     places = [(net.feedback, "transport")] if feedback == "layerwise" else [(point, "perturb") for point in fb.points(net).values()]
     for owner, name in places:
+        run = getattr(owner, name)
 
-        def keep(*args: Any, run: Callable[..., Any] = getattr(owner, name)) -> Any:
+        def keep(*args: Any, run: Callable[..., Any] = run) -> Any:
             result = run(*args)
             seen.append(result.perturbed)
             return result
