@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops
@@ -245,11 +245,10 @@ def summary(net: nn.Module) -> Summary:
     rows = []
     for name, point in owner.points.items():
         B = point.B
-        own: Iterable[Tensor | None] = point._buffers.values()
-        size = sum(t.numel() * t.element_size() for t in own if t is not None)
+        size = sum(t.numel() * t.element_size() for t in point.state.values())
         layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
-    shared = sum(t.numel() * t.element_size() for t in owner._buffers.values() if t is not None)
+    shared = sum(t.numel() * t.element_size() for t in owner.state.values())
     title = (
         f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
         f"{int(owner.skipped)} samples skipped, shared statistics {shared / 2**20:.2f} MiB"

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels import ops
 from fbkernels.autograd import Behind, Transport
-from fbkernels.points import FeedbackPoint, LazyBuffers
+from fbkernels.points import FeedbackPoint, Stateful
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Measurement, Rule
 from fbkernels.streams import Carry, Streams, resolve, streams, twin
 
 
-class Feedback(LazyBuffers):
+class Feedback(Stateful):
     """What the points of one network share: the rule, the noise, the step, and one training step's bookkeeping."""
 
     step: Tensor  # int64, training steps so far
@@ -287,11 +287,11 @@ class Feedback(LazyBuffers):
         if self.layerwise:
             self.measured.append(m)
             return
-        known = dict(self._buffers)
-        m.gains = self.rule.update(m, self._buffers)
+        known = dict(self.state)
+        m.gains = self.rule.update(m, self.state)
         if self.static and self.scheduled is not None:
             for name in self.rule.statistics:
-                self._buffers[name] = known[name].copy_(self._buffers[name])
+                self.state[name] = known[name].copy_(self.state[name])
             old, new = self.scheduled.handed_on, m.handed_on
             if [t.shape for t in old] != [t.shape for t in new]:
                 raise RuntimeError(f"a network with a captured step takes batches of {self.scheduled.rows} samples, got {m.rows}")
@@ -347,13 +347,13 @@ class Feedback(LazyBuffers):
         if self.rule.predicts:
             predicted = torch.zeros_like(step.loss_change)
             for point, connection, m in measured:
-                B = point._buffers["B"]
+                B = point.state["B"]
                 product = (point.regressand(m, B.dtype) * (m.regressor @ connection.matrix(B).mT)).sum(-1)  # [S] or [groups, S]
                 predicted = predicted + product.view(-1, m.rows, len(m.w) // m.rows).sum((0, 2))
             for _, _, m in measured:
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
-            m.gains = self.rule.update(m, point._buffers)
+            m.gains = self.rule.update(m, point.state)
             point.pending = m
 
     def advance(self) -> None:
@@ -379,6 +379,7 @@ class Feedback(LazyBuffers):
     def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
         own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
+        own |= {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
         for key, t in own.items():
             if key in state_dict and key.rpartition(".")[2] not in ("method",) and state_dict[key].shape != t.shape:
                 raise ValueError(
@@ -392,7 +393,7 @@ class Feedback(LazyBuffers):
         points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
         # which points of layerwise feedback are read the first forward shows
-        needed = {name for name, m in points.items() if not self.layerwise or "B" in m._buffers} if self.rule.learned else set()
+        needed = {name for name, m in points.items() if not self.layerwise or "B" in m.state} if self.rule.learned else set()
         if theirs[0].rpartition(".")[0] not in here or not found <= points.keys() or (found and needed - found):
             raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(points)}")
         method = bytes(state_dict[theirs[0]].tolist()).decode()

@@ -125,7 +125,7 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     # the second order is sigma times curvatures of order 1 to 100, and kinks of relu within sigma
     torch.testing.assert_close((measured[1] - measured[0]).detach(), effect, rtol=0, atol=1e-3 * float(effect.abs().max()))
 
-    before = [p._buffers["B"].clone() for p in fb.points(net).values()]
+    before = [p.state["B"].clone() for p in fb.points(net).values()]
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
     assert len(before) == HIDDEN[name]
@@ -186,7 +186,7 @@ def test_a_point_behind_each_block(name: str) -> None:
     by_layer = F.cross_entropy(logits, Y)
     for h, point in zip(activities, fb.points(net).values(), strict=True):
         units = h.movedim(1, -1) if h.ndim == 4 else h
-        by_layer = by_layer + (units.flatten(1) * (e @ point._buffers["B"].T)).sum()
+        by_layer = by_layer + (units.flatten(1) * (e @ point.state["B"].T)).sum()
     loss.backward()
     for (key, p), want in zip(net.named_parameters(), model.gradients(by_layer), strict=True):
         torch.testing.assert_close(p.grad, want, rtol=1e-11, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")

@@ -417,7 +417,7 @@ def test_layerwise_needs_a_layer_that_reads_the_point() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.a(x) + self.b(x))
 
-    with pytest.raises(ValueError, match="layerwise feedback: no Linear or Conv2d reads point 'a' directly; use feedback='direct'"):
+    with pytest.raises(ValueError, match=r"layerwise feedback: no Linear or Conv2d reads point 'a' directly: use feedback='direct'"):
         fb.convert(Pre(), feedback="layerwise", points=["a", "b"])(X)
 
     class Fork(Twice):
