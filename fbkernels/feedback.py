@@ -68,6 +68,7 @@ class Feedback(Stateful):
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
         self.perturbing = self.learning = self.warming = self.transports = False
+        self.running = False  # else whatever runs is a second run in the backward pass, by torch.utils.checkpoint
         self.reader: FeedbackPoint | None = None  # layerwise: of the layer that runs
         self.forks: set[str] = set()  # layerwise: points that something beside a layer reads
         self.fuses: tuple[torch.dtype, ...] = ()
@@ -106,6 +107,7 @@ class Feedback(Stateful):
         self.perturbed_rows = math.ceil(self.fraction * batch)
         for point in self.points.values():
             point._weight = ()
+        self.running = True
         return tree_map_only(Tensor, lambda x: streams(self, x, None), (args, kwargs))
 
     def _capture(self) -> None:
@@ -154,7 +156,7 @@ class Feedback(Stateful):
             ordered = sorted(self.points.items(), key=lambda item: item[1].index)
             self.points.clear()
             self.points.update(ordered)
-        self.logits, self.perturbed = output.clean, output.perturbed
+        self.logits, self.perturbed, self.running = output.clean, output.perturbed, False
         return output.clean
 
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
@@ -193,9 +195,11 @@ class Feedback(Stateful):
         """Warm-up: parameters are constants, so that they get no gradient at all and no optimiser moves them."""
         return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
 
-    def entry(self, input: Streams) -> tuple[FeedbackPoint, Carry] | None:
+    def entry(self, input: Streams, weight: Tensor) -> tuple[FeedbackPoint, Carry] | None:
         """Layerwise: the point that a layer reads, where no other layer has read it yet, else the layer's own; None: no hidden activity."""
         own, self.reader = self.reader, None
+        if not self.running:
+            return next(((p, p.carry) for p in self.points.values() if p.weight is weight), None)
         if input.source is not None:
             point = input.source[0]
             if point.weight is None:
@@ -224,13 +228,13 @@ class Feedback(Stateful):
         point, carry = entry
         x = input.clean
         connection, padding = Connection.of(name, weight, x, *args, **kwargs)
-        if point.reads:
+        if point.reads and self.running:
             x = x.view_as(x)  # whose gradient is this layer's alone
             self.visit(point, x)
             point.shape, point.channels_first = x.shape[1:], connection.convolution
         self.number(point)
         px = None
-        if self.perturbing:
+        if self.perturbing and self.running:
             with torch.no_grad():
                 xi = point.noise(self.step, self.perturbed_rows, self.activities[point.name].dtype)
                 xi = torch.cat((xi, -xi)) if self.antithetic else xi
@@ -240,7 +244,7 @@ class Feedback(Stateful):
         if any(padding):
             pad = lambda t: torch.nn.functional.pad(t, padding)  # noqa: E731
             x, px, carry = pad(x), None if px is None else pad(px), (*carry, ("pad", pad))
-        B = point.claim(weight, connection, carry)
+        B = point.claim(weight, connection, carry if self.running else point.carry)
         if self.warming:
             weight, bias = self.constant(weight), self.constant(bias)
         if B is None:

@@ -13,7 +13,7 @@ from fbkernels import ops, reference
 from fbkernels.autograd import Behind, Block, Epilogue
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement, Rule
-from fbkernels.streams import Carry, Deferred, Streams, connect, defer, resolve, streams, twin
+from fbkernels.streams import Carry, Deferred, Streams, connect, defer, outside, resolve, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
@@ -167,19 +167,21 @@ class FeedbackPoint(Stateful):
         net = self.net
         if net.layerwise:  # the layer that reads it puts the noise in
             resolve(s).check()
-            if self.name not in net.points:
+            if self.name not in net.points or not net.running:
                 return streams(net, net.cut(s.clean), s.perturbed)
             net.visit(self, s.clean)
             self.shape = s.clean.shape[1:]
             return streams(net, net.cut(s.clean), s.perturbed, source=(self, ()))
         net.number(self)
-        predicts = net.perturbing and net.rule.predicts
+        predicts = net.running and net.perturbing and net.rule.predicts
         block = None if s.deferred is None else self.block(s.deferred, predicts)
         if block is not None:
             h, perturbed = block
             return streams(net, net.cut(h), perturbed, source=(self, ()))
         resolve(s).check()
         h, perturbed = s.clean, s.perturbed
+        if not net.running:
+            return streams(net, net.cut(h), None, source=(self, ()))
         net.visit(self, h)
         self.shape = h.shape[1:]
         prediction = self.flush(net.perturbed_rows if predicts else 0)
@@ -210,7 +212,7 @@ class FeedbackPoint(Stateful):
         epilogue = Epilogue(
             named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
         )
-        rows = net.perturbed_rows if net.perturbing else 0
+        rows = net.perturbed_rows if net.perturbing and net.running else 0
         q = source.perturbed if rows else None
         if layer is not None and deferred.autocast is not None:
             low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
@@ -228,8 +230,11 @@ class FeedbackPoint(Stateful):
             x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
             size = layer.size_behind(weight)
         behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
-        options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
-        h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
+        options = {"antithetic": net.antithetic, "backend": chosen, **(self.riding(predicts) if net.running else {})}
+        with outside(deferred.hooks):
+            h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
+        if not net.running:
+            return h, None
         net.visit(self, h)
         self.shape = h.shape[1:]
         if new.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,6 +117,7 @@ class Deferred:
     calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
     parts: tuple[tuple[Any, ...], ...]  # fusible() of what follows the layer, ("norm", Norm) of a batch norm
     grad: bool  # whether autograd was on
+    hooks: Any  # those on saved tensors: of torch.utils.checkpoint
     autocast: torch.dtype | None  # what autocast ran the layer in
 
 
@@ -180,11 +182,22 @@ def resolve(s: Streams) -> Streams:
     """The activity with its deferred functions run, one by one."""
     if s.deferred is not None:
         y = s.deferred.source
-        with torch.set_grad_enabled(s.deferred.grad):
+        with torch.set_grad_enabled(s.deferred.grad), outside(s.deferred.hooks):
             for func, name, args, kwargs in s.deferred.calls:
                 y = _execute(func, name, (y, *args), kwargs)
         s.clean, s.perturbed, s.source, s.read, s.deferred = y.clean, y.perturbed, y.source, y.read, None
     return s
+
+
+def hooks() -> Any:
+    """What takes the tensors that autograd saves now."""
+    pair = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if pair is None else pair[0]
+
+
+def outside(then: Any) -> Any:
+    """What was put off before a checkpointed function began, or in one that has ended, is none that its second run repeats."""
+    return contextlib.nullcontext() if hooks() is then else torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
 def twin(s: Streams) -> Tensor:
@@ -225,7 +238,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         refused = weight.shape[1] * layer.groups != x.shape[1] or any(n < 1 for n in layer.size_behind(weight))
         if refused or any(by_hand) or (weight.dtype != x.dtype and autocast is None):
             return None
-        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), autocast), None)
+        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), hooks(), autocast), None)
     part = ("norm", func) if isinstance(func, Norm) else fusible(name, args, kwargs)
     if part is None:
         return None
@@ -237,7 +250,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
             or _in_place(name, kwargs)
         ):
             return None
-        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled(), None), s.pending)
+        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled(), hooks(), None), s.pending)
     deferred = replace(s.deferred, calls=(*s.deferred.calls, call), parts=(*s.deferred.parts, part))
     if not _in_place(name, kwargs):
         return defer(s.net, deferred, s.pending)
@@ -290,13 +303,13 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if func is F.batch_norm or isinstance(func, Norm):
         return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
     if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
-        entry = net.entry(args[0])
+        entry = net.entry(args[0], args[1] if len(args) > 1 else kwargs["weight"])
         if entry is not None:
             return net.transport(entry, name, *args, **kwargs)
     if net.layerwise and name not in _REARRANGEMENTS:
         net.forks.update(s.source[0].name for s in every if s.source is not None)
 
-    differ = any(s.perturbed is not None for s in every)
+    differ = net.running and any(s.perturbed is not None for s in every)
     if _in_place(name, kwargs) and differ and first.perturbed is None:
         first.perturbed = twin(first).clone()
     constant = net.constant if net.warming else _same
@@ -390,7 +403,7 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
     with torch.no_grad():
         mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
         rows = s.net.rows(mask)
-        perturbed = None if s.perturbed is None else s.perturbed * rows
+        perturbed = s.perturbed * rows if s.net.running and s.perturbed is not None else None
     # in layerwise the source stays: the layer that reads the activity puts the noise in behind the mask
     return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
 
@@ -400,7 +413,7 @@ def _batch_norm(s: Streams, norm: Norm) -> Streams:
     running, weight, bias = norm.running(), norm.weight, norm.bias
     clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
-    if s.perturbed is not None:
+    if s.net.running and s.perturbed is not None:
         with torch.no_grad():
             mean, var = running
             if norm.training:
