@@ -69,7 +69,7 @@ class Feedback(Stateful):
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
         self.perturbing = self.learning = self.warming = self.transports = False
         self.running = False  # else whatever runs is a second run in the backward pass, by torch.utils.checkpoint
-        self.reader: FeedbackPoint | None = None  # layerwise: of the layer that runs
+        self.reader: tuple[FeedbackPoint, ...] = ()  # layerwise: of the layer that runs; a tuple, so that it is no child
         self.forks: set[str] = set()  # layerwise: points that something beside a layer reads
         self.fuses: tuple[torch.dtype, ...] = ()
         self.perturbed_rows = 0
@@ -197,7 +197,7 @@ class Feedback(Stateful):
 
     def entry(self, input: Streams, weight: Tensor) -> tuple[FeedbackPoint, Carry] | None:
         """Layerwise: the point that a layer reads, where no other layer has read it yet, else the layer's own; None: no hidden activity."""
-        own, self.reader = self.reader, None
+        own, self.reader = next(iter(self.reader), None), ()
         if not self.running:
             return next(((p, p.carry) for p in self.points.values() if p.weight is weight), None)
         if input.source is not None:

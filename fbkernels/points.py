@@ -157,7 +157,7 @@ class FeedbackPoint(Stateful):
 
     def enter(self, layer: nn.Module, args: Any) -> None:
         """Forward pre-hook of a layer whose input this is."""
-        self.net.reader = self
+        self.net.reader = (self,)
 
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a module named in ``points=``: the noise goes in right after it."""

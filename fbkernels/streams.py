@@ -319,7 +319,7 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     perturbed = None
     if differ:
         n = len(first.clean) if first.clean.ndim else 0
-        rows = partial(_aligned, first) if name.strip("_") in _ELEMENTWISE and net.perturbed_rows * (1 + net.antithetic) != n else None
+        rows = partial(_aligned, first) if name.strip("_") in _ELEMENTWISE and (net.antithetic or net.perturbed_rows != n) else None
         args, kwargs = _map(twin, args, rows), _map(twin, kwargs, rows)
         with torch.no_grad():
             perturbed = func(*_fit(name, args, first.clean.shape[0]), **kwargs)
