@@ -162,6 +162,12 @@ class Feedback(Stateful):
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         if point.name in self.activities:
             raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
+        last = next(reversed(self.activities), None)
+        if last is not None and self.activities[last].requires_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                f"point {point.name!r} runs under torch.no_grad behind point {last!r}, and its layers would get no gradient: "
+                "torch.utils.checkpoint needs use_reentrant=False"
+            )
         self.activities[point.name] = h
 
     def number(self, point: FeedbackPoint) -> None:
@@ -192,8 +198,8 @@ class Feedback(Stateful):
 
     @staticmethod
     def constant(x: Any) -> Any:
-        """Warm-up: parameters are constants, so that they get no gradient at all and no optimiser moves them."""
-        return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
+        """Warm-up: parameters, and what is computed from them alone, are constants: no gradient at all, and no optimiser moves them."""
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
     def entry(self, input: Streams, weight: Tensor) -> tuple[FeedbackPoint, Carry] | None:
         """Layerwise: the point that a layer reads, where no other layer has read it yet, else the layer's own; None: no hidden activity."""

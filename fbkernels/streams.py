@@ -145,7 +145,10 @@ class Streams(Tensor):
         """torch shows a custom autograd.Function to nobody: its output is a Streams whose clean tensor has lost its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.deferred is None and self.requires_grad and not self.clean.requires_grad:
-                raise ValueError("a custom autograd.Function hides the second stream and loses its own gradient: use torch functions")
+                raise ValueError(
+                    "a custom autograd.Function hides the second stream and loses its own gradient: use torch functions, and "
+                    "torch.utils.checkpoint with use_reentrant=False"
+                )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -298,6 +301,11 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     read = any(s.read for s in every) or _holds_tensor((args, kwargs))
     if name in _UNSHARED or _attention_dropout(name, args, kwargs):
         raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or take it out of the model")
+    if args and callable(args[0]):  # Dynamo's torch.utils.checkpoint, with both streams
+        raise RuntimeError(
+            f"{name} runs a part of the model where its feedback points do not show: leave torch.utils.checkpoint out of a compiled step; "
+            "torch._functorch.config.activation_memory_budget has the compiler choose what to recompute"
+        )
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):

@@ -211,3 +211,24 @@ def test_layerwise_weight_transport_is_backprop(name: str, where: str) -> None:
         # a bias before a norm has no gradient but the rounding of a sum
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-11, atol=1e-13, msg=lambda m, key=key: f"{key}: {m}")
     assert len(fb.points(net)) == (HIDDEN[name] if names is None else len(names))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet", "vit"])
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_what_convert_gives_is_there_and_goes(name: str, feedback: str) -> None:
+    model, x = build(name), X.double()
+    rule = fb.WeightTransport() if feedback == "layerwise" else fb.Fixed()
+    net = fb.convert(model, feedback=feedback, rule=rule)
+    for _ in range(2):
+        fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(run(net, x), Y).backward()
+    rows, table = fb.metrics.alignment(net, nn.CrossEntropyLoss(), x, Y), fb.summary(net)
+    assert list(rows) == [r.name for r in table] == list(fb.points(net))
+    assert [r.index for r in table] == list(range(HIDDEN[name]))
+    assert all(r.units and r.B and r.layer in ("Linear", "Conv2d") for r in table)
+    if feedback == "layerwise":
+        assert all(row["angle"] < 1e-5 and row["relative_error"] == 0 for row in rows.values())
+    plain = fb.revert(net)
+    assert [(n, type(m)) for n, m in plain.named_modules()] == [(n, type(m)) for n, m in model.named_modules()]
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert torch.equal(run(plain, x), run(model, x))

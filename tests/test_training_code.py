@@ -78,7 +78,7 @@ def fit(
     clip: float | None = None,
     decay: float = 0.0,
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
-    average: AveragedModel | None = None,
+    average: Callable[[nn.Module], Any] | None = None,
     mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
@@ -124,7 +124,7 @@ def fit(
         if scheduler is not None:
             scheduler.step()
         if average is not None:
-            average.update_parameters(net)
+            average(net)
     return losses
 
 
@@ -207,26 +207,23 @@ def test_a_job_goes_on_in_the_middle_of_an_epoch_bit_for_bit(method: str, tmp_pa
 @pytest.mark.parametrize("buffers", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_average_of_weights(method: str, buffers: bool) -> None:
-    """torch's AveragedModel, made before the first step, when there is no B; of the network, and of the model that shares its weights."""
+    """torch's AveragedModel of the converted network, made before the first step, when there is no B, is that of the plain weights."""
     model = build()
-    net = convert(method, model)
-    plain = copy.deepcopy(model)
-    own = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers) for m in (net, model, plain)]
-    fit(net, average=own[0])
-    if method == "backprop":
-        fit(plain, average=own[2])
-        close(plain_part(own[0].module), plain_part(own[2].module), 1e-9)
-    x = IMAGES.double()
-    fit(net, steps=(0, 1))
-    own[1].update_parameters(model)  # the first: a copy
-    assert torch.equal(own[1].eval()(x), net.eval()(x))
+    net, x = convert(method, model), IMAGES.double()
+    averages = [AveragedModel(m, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=buffers) for m in (net, model)]
+    both = lambda _: [a.update_parameters(m) for a, m in zip(averages, (net, model), strict=True)]  # noqa: E731
+    fit(net, average=both)
     before = learned_part(net)
-    update_bn([x[:14], x[14:]], own[0])
-    update_bn([x[:14], x[14:]], net)
-    expected = own[0].module.fc.weight
-    assert torch.equal(fb.revert(own[0].module).fc.weight, expected)
-    after = learned_part(net)
-    assert all(torch.equal(after[k], before[k]) for k in before)
+    for evaluated in (False, True):
+        ours, theirs = (plain_part(a.module) for a in averages)
+        assert ours.keys() == theirs.keys()
+        close(ours, theirs, 1e-12 if evaluated else 0.0)
+        assert torch.equal(averages[0].eval()(x), averages[1].eval()(x))
+        for a in averages:
+            torch.manual_seed(0)
+            update_bn([x[:14], x[14:]], a)
+    assert all(torch.equal(v, before[k]) for k, v in learned_part(net).items())
+    assert not torch.equal(averages[0].module.fc.weight, net.fc.weight)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -264,6 +261,43 @@ def test_checkpointed_attention() -> None:
                 criterion(net(images), labels).backward()
             results.append([p.grad for p in net.parameters()] + list(learned_part(net).values()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_that_would_lose_gradients_are_refused(method: str) -> None:
+    class Reentrant(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(self.layer1, self.relu(self.bn(self.conv(x))), use_reentrant=True)
+            return self.fc(self.layer2(x).mean((2, 3)))
+
+    with pytest.raises(ValueError, match=r"needs use_reentrant=False"):
+        convert(method, Reentrant())(IMAGES[:8])
+    if method == "direct":
+        net = convert(method, build(checkpointed=True))
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        step = torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match=r"leave torch.utils.checkpoint out of a compiled step"):
+            step(IMAGES[:8].double(), LABELS[:8])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parametrized_weights(method: str) -> None:
+    """Weight and spectral norm; in warm-up they are constants as well."""
+
+    def make() -> nn.Module:
+        model = build()
+        nn.utils.parametrizations.weight_norm(model.layer2.conv1)
+        nn.utils.parametrizations.spectral_norm(model.layer1.conv1)
+        return model
+
+    plain, net, warming = make(), convert(method, make()), convert(method, make(), warmup=9)
+    losses = fit(net), fit(plain)
+    if method == "backprop":
+        assert losses[0] == pytest.approx(losses[1], rel=1e-10)
+    before = {k: p.detach().clone() for k, p in warming.named_parameters()}
+    fit(warming)
+    assert all(torch.equal(p, before[k]) for k, p in warming.named_parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)
