@@ -42,6 +42,11 @@ def convert(
     A point follows each hidden Linear and convolution layer, after its normalisation, activation and pooling, however the model's
     forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already are used instead.
 
+    In ``layerwise`` feedback every nn.Linear and nn.Conv2d that reads a hidden activity has a B. Where that is no point's activity, or one
+    that another layer reads already (a sum, what lies behind a pre-activation norm, a shortcut), the layer has a point at its input,
+    ``NAME.input``; a point that no layer reads falls away. With ``points``, ``include`` or ``exclude`` what lies between the points is
+    differentiated as it is, and so is nn.MultiheadAttention always.
+
     Args:
         model: any module whose forward maps a batch to one tensor of outputs.
         feedback: "direct" (every point gets e B^T from the output) or "layerwise" (every layer hands its error down through B).
@@ -49,7 +54,7 @@ def convert(
         noise_std: sigma > 0, in units of the activities.
         noise: "gaussian" or "rademacher" (+-sigma).
         seed: of the noise and of random B, 0 to 2^63 - 1.
-        points: names of modules to put a point right after, in the order of the forward pass, instead of finding them.
+        points: names of modules to put a point right after, instead of finding them: one for each residual block, say.
         include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, in (0, 1].

@@ -133,7 +133,7 @@ class Feedback(Stateful):
             name = output.pending.name if output.pending is not None else next(reversed(self.activities))
             raise ValueError(
                 f"layer {name!r} is the network's output, which is never perturbed: pass points=[...] to convert, with the names of "
-                "the hidden layers in running order"
+                "the hidden layers"
             )
         if self.transports:
             for name in [n for n, p in self.points.items() if p.connection is None and (everywhere or n in self.activities)]:

@@ -246,5 +246,8 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
         activities = tuple(net.activities.values())
     channels_first = tuple(point.channels_first for point in points) if activities else ()
     blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
+    for point, block in zip(points, blocks, strict=False):
+        if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
+            raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
     out: Tensor = Deliver.apply(losses, e, feedback, blocks, channels_first, net.rule.private, record, anchor, logits, *activities)
     return out

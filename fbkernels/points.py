@@ -72,7 +72,7 @@ class FeedbackPoint(Stateful):
     """Where a hidden layer's activity gets its noise and its learned gradient: ``h = self.point(h)``.
 
     Outside a converted network, and in ``eval()``, it is the identity. In training its perturbed stream is ``p = phi(q) + xi`` with fresh
-    ``xi ~ std * N(0, I)`` (SPEC 1), and it owns B (SPEC 3): units x outputs in ``direct`` (a convolution's units are numbered
+    ``xi ~ std * N(0, I)`` (SPEC 1), in ``layerwise`` for the layer that reads it alone, and it owns B (SPEC 3): units x outputs in ``direct`` (a convolution's units are numbered
     channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a convolution the shape of its kernel).
     """
 
@@ -244,7 +244,9 @@ class FeedbackPoint(Stateful):
             net.predictions.append(prediction)
         # Dynamo traces no backward pass that leaves something behind
         unpools = epilogue.pool == "max" and chosen == "triton" and not torch.compiler.is_compiling()
-        net.blocks[self.name] = (behind, kept if kept.numel() else h.detach(), winner if unpools else None)
+        kept = kept if kept.numel() else h.detach()
+        behind.version = 0 if torch.compiler.is_compiling() else kept._version
+        net.blocks[self.name] = (behind, kept, winner if unpools else None)
         return h, p if rows else None
 
     def riding(self, predicts: bool) -> dict[str, Any]:

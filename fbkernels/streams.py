@@ -317,6 +317,11 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if net.layerwise and name not in _REARRANGEMENTS:
         net.forks.update(s.source[0].name for s in every if s.source is not None)
 
+    if name == "view":  # a block's maps are channels-last, whatever the model's are
+        first.clean = _rows_first(first.clean)
+        first.perturbed = None if first.perturbed is None else _rows_first(first.perturbed)
+    if _in_place(name, kwargs) and first.source is not None and first.source[0].name in net.blocks:
+        first.clean = first.clean.clone()  # phi' of the block is read from what it was
     differ = net.running and any(s.perturbed is not None for s in every)
     if _in_place(name, kwargs) and differ and first.perturbed is None:
         first.perturbed = twin(first).clone()
@@ -341,6 +346,10 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         twins = perturbed if perturbed is not None else [None] * len(clean)
         return type(clean)([streams(net, c, p, read=read) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
     return clean
+
+
+def _rows_first(t: Tensor) -> Tensor:
+    return t.contiguous() if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) else t
 
 
 def _attention_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from architectures import ARCHITECTURES, CLASSES
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import reference
+from fbkernels import models, reference
 
 X, Y = torch.linspace(-2, 2, 4 * 3 * 32 * 32).mul(40).sin().view(4, 3, 32, 32), torch.arange(4) % CLASSES
 HIDDEN = {
@@ -232,3 +232,11 @@ def test_what_convert_gives_is_there_and_goes(name: str, feedback: str) -> None:
     assert list(plain.state_dict()) == list(model.state_dict())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
     assert torch.equal(run(plain, x), run(model, x))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)], ids=str)
+def test_the_command_lines_models_take_its_data(shape: tuple[int, int, int]) -> None:
+    for name, make in models.MODELS.items():
+        assert make(shape, 7).eval()(torch.zeros(2, *shape)).shape == (2, 7), name
+    for name, millions in {"resnet20": 0.27, "resnet18": 11.2, "wrn16_4": 2.8}.items():  # as published, with a head for 100 classes
+        assert sum(p.numel() for p in models.MODELS[name]((3, 32, 32), 100).parameters()) / 1e6 == pytest.approx(millions, rel=0.05)
