@@ -72,8 +72,9 @@ class FeedbackPoint(Stateful):
     """Where a hidden layer's activity gets its noise and its learned gradient: ``h = self.point(h)``.
 
     Outside a converted network, and in ``eval()``, it is the identity. In training its perturbed stream is ``p = phi(q) + xi`` with fresh
-    ``xi ~ std * N(0, I)`` (SPEC 1), in ``layerwise`` for the layer that reads it alone, and it owns B (SPEC 3): units x outputs in ``direct`` (a convolution's units are numbered
-    channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a convolution the shape of its kernel).
+    ``xi ~ std * N(0, I)`` (SPEC 1), in ``layerwise`` for the layer alone that reads it, and it owns B (SPEC 3): units x outputs in
+    ``direct`` (a convolution's units are numbered channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a
+    convolution the shape of its kernel).
     """
 
     def __init__(self) -> None:
