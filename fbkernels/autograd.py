@@ -97,6 +97,7 @@ class Behind:
     backend: str
     size: Sequence[int] = ()  # of the map before a max-pooling
     window: tuple[tuple[int, int], ...] = ()
+    version: int = 0  # of what phi' is read from
     delta: Tensor | None = None  # the error there; autograd wants a gradient of the activity to have its shape
 
     def deliver(self, ce: Tensor, B: Tensor, kept: Tensor, winner: Tensor | None) -> Tensor:

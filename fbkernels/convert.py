@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops
@@ -42,6 +42,11 @@ def convert(
     A point follows each hidden Linear and convolution layer, after its normalisation, activation and pooling, however the model's
     forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already are used instead.
 
+    In ``layerwise`` feedback every nn.Linear and nn.Conv2d that reads a hidden activity has a B. Where that is no point's activity, or one
+    that another layer reads already (a sum, what lies behind a pre-activation norm, a shortcut), the layer has a point at its input,
+    ``NAME.input``; a point that no layer reads falls away. With ``points``, ``include`` or ``exclude`` what lies between the points is
+    differentiated as it is, and so is nn.MultiheadAttention always.
+
     Args:
         model: any module whose forward maps a batch to one tensor of outputs.
         feedback: "direct" (every point gets e B^T from the output) or "layerwise" (every layer hands its error down through B).
@@ -49,7 +54,7 @@ def convert(
         noise_std: sigma > 0, in units of the activities.
         noise: "gaussian" or "rademacher" (+-sigma).
         seed: of the noise and of random B, 0 to 2^63 - 1.
-        points: names of modules to put a point right after, in the order of the forward pass, instead of finding them.
+        points: names of modules to put a point right after, instead of finding them: one for each residual block, say.
         include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, in (0, 1].
@@ -74,8 +79,10 @@ def convert(
         raise TypeError(f"rule must be an fbkernels rule such as Ridge(), got {rule!r}")
     if feedback not in rule.structures:
         raise ValueError(f"feedback must be {' or '.join(map(repr, rule.structures))} with {rule!r}, got {feedback!r}")
+    places = _places(model, points, include, exclude)
     owner = Feedback(
         layerwise=feedback == "layerwise" and not rule.private,
+        everywhere=points is None and include is None and exclude is None and "point" not in places.values(),
         rule=rule,
         noise_std=float(positive("noise_std", noise_std)),
         noise=one_of("noise", noise, ("gaussian", "rademacher")),
@@ -86,7 +93,6 @@ def convert(
         warmup=integer("warmup", warmup, 0),
         backend=backend,
     )
-    places = _places(model, points, include, exclude)
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     owner.to(device)
     if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
@@ -106,6 +112,12 @@ def convert(
             point.channels_first = isinstance(module, _ConvNd)
         point.name, point.index, point._net = name, len(owner.points), (owner,)
         owner.points[name] = point
+    if owner.layerwise:
+        for name in _layers(net):
+            module, point = net.get_submodule(name), FeedbackPoint()
+            point.name, point.reads, point.converted, point._net = f"{name}.input", name, True, (owner,)
+            owner.readers[name.replace(".", "/")] = point
+            module.register_forward_pre_hook(point.enter)
     # a child of the first point and not of the network, which may be a Sequential that runs its children
     next(iter(owner.points.values())).shared = owner
     net.__dict__["feedback"] = owner
@@ -130,13 +142,19 @@ def _places(
             raise ValueError(f"points must name each module once, and at least one, got {names!r}")
         return dict.fromkeys(names, "module")
     own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
-    attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
-    layers = [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not (attention and n.startswith(attention))]
+    layers = _layers(model)
     found = own or dict.fromkeys(layers[:-1], "layer")
     found = {n: k for n, k in found.items() if _matches("include", n, include, True) and not _matches("exclude", n, exclude, False)}
     if not found:
         raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
     return found
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Linear and convolution layers by name; attention is a block."""
+    modules = dict(model.named_modules())
+    attention = tuple(name + "." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    return [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not n.startswith(attention)]
 
 
 def _matches(argument: str, name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
@@ -232,11 +250,10 @@ def summary(net: nn.Module) -> Summary:
     rows = []
     for name, point in owner.points.items():
         B = point.B
-        own: Iterable[Tensor | None] = point._buffers.values()
-        size = sum(t.numel() * t.element_size() for t in own if t is not None)
-        layer, shape = type(root.get_submodule(name)).__name__, None if B is None else tuple(B.shape)
+        size = sum(t.numel() * t.element_size() for t in point.state.values())
+        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
-    shared = sum(t.numel() * t.element_size() for t in owner._buffers.values() if t is not None)
+    shared = sum(t.numel() * t.element_size() for t in owner.state.values())
     title = (
         f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
         f"{int(owner.skipped)} samples skipped, shared statistics {shared / 2**20:.2f} MiB"

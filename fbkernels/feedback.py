@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels import ops
 from fbkernels.autograd import Behind, Transport
-from fbkernels.points import FeedbackPoint, LazyBuffers
+from fbkernels.points import FeedbackPoint, Stateful
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Measurement, Rule
-from fbkernels.streams import Streams, resolve, streams
+from fbkernels.streams import Carry, Streams, resolve, streams, twin
 
 
-class Feedback(LazyBuffers):
+class Feedback(Stateful):
     """What the points of one network share: the rule, the noise, the step, and one training step's bookkeeping."""
 
     step: Tensor  # int64, training steps so far
@@ -29,6 +29,7 @@ class Feedback(LazyBuffers):
         self,
         *,
         layerwise: bool,
+        everywhere: bool,
         rule: Rule,
         noise_std: float,
         noise: str,
@@ -40,11 +41,14 @@ class Feedback(LazyBuffers):
         backend: str,
     ) -> None:
         super().__init__()
-        self.layerwise, self.rule, self.noise_std, self.noise, self.seed = layerwise, rule, noise_std, noise, seed
+        self.layerwise, self.everywhere = layerwise, everywhere
+        self.rule, self.noise_std, self.noise, self.seed = rule, noise_std, noise, seed
         self.every, self.fraction, self.antithetic, self.warmup, self.backend = every, fraction, antithetic, warmup, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.points: dict[str, FeedbackPoint] = {}
+        self.readers = nn.ModuleDict()  # layerwise: a layer's own point at its input, where no other layer's point is
+        self.numbered: list[str] = []  # points that have run, in order
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
         self.warned = False
@@ -64,6 +68,9 @@ class Feedback(LazyBuffers):
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
         self.changes: dict[str, tuple[Tensor, Tensor]] = {}  # p - h at that layer's input, and what it did to its pre-activation
         self.perturbing = self.learning = self.warming = self.transports = False
+        self.running = False  # else whatever runs is a second run in the backward pass, by torch.utils.checkpoint
+        self.reader: tuple[FeedbackPoint, ...] = ()  # layerwise: of the layer that runs; a tuple, so that it is no child
+        self.forks: set[str] = set()  # layerwise: points that something beside a layer reads
         self.fuses: tuple[torch.dtype, ...] = ()
         self.perturbed_rows = 0
 
@@ -100,6 +107,7 @@ class Feedback(LazyBuffers):
         self.perturbed_rows = math.ceil(self.fraction * batch)
         for point in self.points.values():
             point._weight = ()
+        self.running = True
         return tree_map_only(Tensor, lambda x: streams(self, x, None), (args, kwargs))
 
     def _capture(self) -> None:
@@ -120,35 +128,65 @@ class Feedback(LazyBuffers):
         if not isinstance(output, Streams):
             raise TypeError(f"the network's forward must return one tensor computed from its input, got {type(output).__name__}")
         resolve(output).check()
-        if output.pending is not None or (self.activities and not output.read):
+        everywhere = self.layerwise and self.everywhere  # then no noise is where no layer reads
+        if not everywhere and (output.pending is not None or (self.activities and not output.read)):
             name = output.pending.name if output.pending is not None else next(reversed(self.activities))
             raise ValueError(
                 f"layer {name!r} is the network's output, which is never perturbed: pass points=[...] to convert, with the names of "
-                "the hidden layers in running order"
+                "the hidden layers"
             )
+        if self.transports:
+            for name in [n for n, p in self.points.items() if p.connection is None and (everywhere or n in self.activities)]:
+                if not everywhere:
+                    raise ValueError(
+                        f"layerwise feedback: no Linear or Conv2d reads point {name!r} directly: use feedback='direct', or convert without "
+                        "points, include and exclude, which gives each layer a B of its own"
+                    )
+                del self.points[name]
+                self.activities.pop(name, None)
+            forks = [n for n in self.activities if n in self.forks] if self.rule.supervised else []
+            if forks:
+                raise ValueError(
+                    f"{self.rule!r} in layerwise feedback learns from the gradient of point {forks[0]!r}, which more than one layer reads: "
+                    "use feedback='direct'"
+                )
         if not self.activities:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
-        if self.transports:
-            idle = [n for n in self.activities if self.points[n].weight is None]
-            if idle:
-                raise ValueError(
-                    f"layerwise feedback: no Linear or Conv2d reads point {idle[0]!r} directly; use feedback='direct', or move the point"
-                )
-        self.logits, self.perturbed = output.clean, output.perturbed
+        if [p.index for p in self.points.values()] != list(range(len(self.points))):
+            ordered = sorted(self.points.items(), key=lambda item: item[1].index)
+            self.points.clear()
+            self.points.update(ordered)
+        self.logits, self.perturbed, self.running = output.clean, output.perturbed, False
         return output.clean
 
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         if point.name in self.activities:
             raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
         last = next(reversed(self.activities), None)
-        if last is not None and self.points[last].index > point.index:
-            raise ValueError(f"point {point.name!r} runs after {last!r}, but was registered before it: pass points=[...] in running order")
+        if last is not None and self.activities[last].requires_grad and not torch.is_grad_enabled():
+            raise ValueError(
+                f"point {point.name!r} runs under torch.no_grad behind point {last!r}, and its layers would get no gradient: "
+                "torch.utils.checkpoint needs use_reentrant=False"
+            )
         self.activities[point.name] = h
+
+    def number(self, point: FeedbackPoint) -> None:
+        """Points are numbered in the order in which they first run (SPEC 6), which is not always that of the modules."""
+        if point.name in self.numbered:
+            return
+        if point.name not in self.points:
+            point.index = len(self.points)
+            self.points[point.name] = point
+        index = len(self.numbered)
+        if point.index != index:
+            other = next(p for p in self.points.values() if p.index == index)
+            other.index, point.index = point.index, index
+        self.numbered.append(point.name)
 
     def cut(self, h: Tensor) -> Tensor:
         """What the next layer gets: detached in direct, so that no gradient crosses a point (DESIGN 1)."""
-        if self.probe == "exact":
-            return h
+        if self.probe == "exact" or (self.probe and self.layerwise):
+            return h.clone()  # h keeps its own gradient when the model goes on in place
         if not self.layerwise:
             return h.detach()
         return h.detach().requires_grad_() if self.warming and not h.requires_grad else h
@@ -160,29 +198,68 @@ class Feedback(LazyBuffers):
 
     @staticmethod
     def constant(x: Any) -> Any:
-        """Warm-up: parameters are constants, so that they get no gradient at all and no optimiser moves them."""
-        return x.detach() if isinstance(x, Tensor) and x.is_leaf and x.requires_grad else x
+        """Warm-up: parameters, and what is computed from them alone, are constants: no gradient at all, and no optimiser moves them."""
+        return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
-    def transport(self, name: str, input: Streams, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Streams:
-        """Layerwise: a layer that reads a point hands its error down through B instead of its weight."""
+    def entry(self, input: Streams, weight: Tensor) -> tuple[FeedbackPoint, Carry] | None:
+        """Layerwise: the point that a layer reads, where no other layer has read it yet, else the layer's own; None: no hidden activity."""
+        own, self.reader = next(iter(self.reader), None), ()
+        if not self.running:
+            return next(((p, p.carry) for p in self.points.values() if p.weight is weight), None)
+        if input.source is not None:
+            point = input.source[0]
+            if point.weight is None:
+                return input.source
+            self.forks.add(point.name)
+            if own is None:
+                raise ValueError(f"point {point.name!r} feeds two layers, the second no nn.Linear or nn.Conv2d: use feedback='direct'")
+        elif own is None or not self.everywhere or not input.clean.requires_grad:
+            return None
+        return own, ()
+
+    def transport(
+        self,
+        entry: tuple[FeedbackPoint, Carry],
+        name: str,
+        input: Streams,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Streams:
+        """Layerwise: a layer hands its error down through B instead of its weight. What it reads gets the noise of that B and of no other,
+        so that the noise has no other way to the loss (SPEC 2)."""
         if name not in ("linear", "conv2d"):
             raise ValueError(f"layerwise feedback covers Linear and Conv2d, got {name}: use feedback='direct'")
-        assert input.source is not None
-        point, carry = input.source
-        connection, padding = Connection.of(name, weight, input.clean, *args, **kwargs)
+        point, carry = entry
+        x = input.clean
+        connection, padding = Connection.of(name, weight, x, *args, **kwargs)
+        if point.reads and self.running:
+            x = x.view_as(x)  # whose gradient is this layer's alone
+            self.visit(point, x)
+            point.shape, point.channels_first = x.shape[1:], connection.convolution
+        self.number(point)
+        px = None
+        if self.perturbing and self.running:
+            with torch.no_grad():
+                xi = point.noise(self.step, self.perturbed_rows, self.activities[point.name].dtype)
+                xi = torch.cat((xi, -xi)) if self.antithetic else xi
+                for _, rearrange in carry:
+                    xi = rearrange(xi)
+                px = twin(input) + xi
         if any(padding):
             pad = lambda t: torch.nn.functional.pad(t, padding)  # noqa: E731
-            x, carry = pad(input.clean), (*carry, ("pad", pad))
-        else:
-            x = input.clean
-        B = point.claim(weight, connection, carry)
+            x, px, carry = pad(x), None if px is None else pad(px), (*carry, ("pad", pad))
+        B = point.claim(weight, connection, carry if self.running else point.carry)
         if self.warming:
             weight, bias = self.constant(weight), self.constant(bias)
-        clean = Transport.apply(x, weight, bias, B, connection, point.name, self.errors)
+        if B is None:
+            clean = connection.forward(x, weight, bias)
+        else:
+            clean = Transport.apply(x, weight, bias, B, connection, point.name, self.errors)
         perturbed = None
-        if input.perturbed is not None:
+        if px is not None:
             with torch.no_grad():
-                px = torch.nn.functional.pad(input.perturbed, padding) if any(padding) else input.perturbed
                 perturbed = connection.forward(px, weight, bias)
                 if self.rule.mirrors:
                     self.changes[point.name] = (px - self.rows(x.detach()), perturbed - self.rows(clean.detach()))
@@ -220,11 +297,11 @@ class Feedback(LazyBuffers):
         if self.layerwise:
             self.measured.append(m)
             return
-        known = dict(self._buffers)
-        m.gains = self.rule.update(m, self._buffers)
+        known = dict(self.state)
+        m.gains = self.rule.update(m, self.state)
         if self.static and self.scheduled is not None:
             for name in self.rule.statistics:
-                self._buffers[name] = known[name].copy_(self._buffers[name])
+                self.state[name] = known[name].copy_(self.state[name])
             old, new = self.scheduled.handed_on, m.handed_on
             if [t.shape for t in old] != [t.shape for t in new]:
                 raise RuntimeError(f"a network with a captured step takes batches of {self.scheduled.rows} samples, got {m.rows}")
@@ -280,13 +357,13 @@ class Feedback(LazyBuffers):
         if self.rule.predicts:
             predicted = torch.zeros_like(step.loss_change)
             for point, connection, m in measured:
-                B = point._buffers["B"]
+                B = point.state["B"]
                 product = (point.regressand(m, B.dtype) * (m.regressor @ connection.matrix(B).mT)).sum(-1)  # [S] or [groups, S]
                 predicted = predicted + product.view(-1, m.rows, len(m.w) // m.rows).sum((0, 2))
             for _, _, m in measured:
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
-            m.gains = self.rule.update(m, point._buffers)
+            m.gains = self.rule.update(m, point.state)
             point.pending = m
 
     def advance(self) -> None:
@@ -312,6 +389,7 @@ class Feedback(LazyBuffers):
     def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
         own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
+        own |= {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
         for key, t in own.items():
             if key in state_dict and key.rpartition(".")[2] not in ("method",) and state_dict[key].shape != t.shape:
                 raise ValueError(
@@ -322,10 +400,12 @@ class Feedback(LazyBuffers):
         theirs = [k for k in state_dict if k.endswith(".shared.method")]
         if not theirs:
             return
-        names = {prefix + name for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
-        if theirs[0].rpartition(".")[0] not in here or not found <= names or (found and self.rule.learned and names != found):
-            raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(names)}")
+        # which points of layerwise feedback are read the first forward shows
+        needed = {name for name, m in points.items() if not self.layerwise or "B" in m.state} if self.rule.learned else set()
+        if theirs[0].rpartition(".")[0] not in here or not found <= points.keys() or (found and needed - found):
+            raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(points)}")
         method = bytes(state_dict[theirs[0]].tolist()).decode()
         if method != self._method():
             raise ValueError(f"checkpoint of another rule: its feedback is {method}, the network's is {self._method()}")

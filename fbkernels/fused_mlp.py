@@ -334,7 +334,7 @@ class FusedMLP:
             model, feedback=self.feedback, rule=copy.deepcopy(self.rule), noise_std=self.noise_std, noise=self.noise, seed=self.seed
         )
         for point, B in zip(points(net).values(), self._B, strict=False):
-            point._buffers["B"] = B.clone()
+            point.state["B"] = B.clone()
         rows = metrics.alignment(net, self._criterion, x, y)
         return {str(index): row for index, row in enumerate(rows.values())}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels.autograd import Deliver
@@ -149,7 +150,10 @@ class PerturbedLoss(nn.Module):
         if not root.training:
             return self.criterion(logits, target)
         if net.logits is None or logits is not net.logits:
-            raise ValueError("PerturbedLoss must be called once, with the output of the network's last training forward")
+            raise ValueError(
+                "PerturbedLoss must be called once, with the output of the network's last training forward; a loss of several parts is one "
+                "criterion, and mixup mixes the targets instead of the losses"
+            )
         losses, e, *change = signals(net, self.per_sample, logits.detach(), target)
         with torch.no_grad():
             m = net.measure(e, *change)
@@ -191,7 +195,8 @@ def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tup
         n = len(losses) if moved is None else net.perturbed_rows
         dL, dy = torch.zeros_like(losses[:n]), torch.zeros_like(e[:n])
         if moved is not None:
-            targets, whole = (net.rows(target), target) if isinstance(target, Tensor) else (target, None)
+            targets = tree_map_only(Tensor, lambda t: net.rows(t) if t.ndim and len(t) == len(y) else t, target)
+            whole = target if isinstance(target, Tensor) else None
             moved = moved.double()
             L, p = per_sample(moved, targets, whole), moved.flatten(1)
             if net.antithetic:
@@ -241,5 +246,8 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
         activities = tuple(net.activities.values())
     channels_first = tuple(point.channels_first for point in points) if activities else ()
     blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
+    for point, block in zip(points, blocks, strict=False):
+        if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
+            raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
     out: Tensor = Deliver.apply(losses, e, feedback, blocks, channels_first, net.rule.private, record, anchor, logits, *activities)
     return out

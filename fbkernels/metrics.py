@@ -22,7 +22,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
     All in float64 on a copy of the network, without noise, with the batch statistics and dropout masks of a training step.
 
     * ``angle``: degrees, 0 to 180, between the learned and the true ``dL/dh_l`` of the whole batch, as one vector each.
-    * ``update_angle``: the same between the gradients of the parameters of the point's own layer.
+    * ``update_angle``: the same between the gradients of the parameters of the layer that the point is behind.
     * ``weight_angle``: between B and what it stands for: W_(l+1)^T in ``layerwise``; in ``direct`` the best linear map from e to the true
       gradient on this batch.
     * ``sign_congruence``: fraction of B's entries with that map's sign; 0 counts half (PAPER 5).
@@ -117,7 +117,7 @@ def _gradients(
         attach(owner, owner.measure(e, *change), losses, e, logits).sum().backward()
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}
-    for name in activities:
+    for name in (n for n in activities if not owner.points[n].reads):
         own = [p.grad.flatten() for p in probe.get_submodule(name).parameters() if p.grad is not None]
         if own:
             weights[name] = torch.cat(own)

@@ -13,46 +13,68 @@ from fbkernels import ops, reference
 from fbkernels.autograd import Behind, Block, Epilogue
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Gain, Measurement, Rule
-from fbkernels.streams import Carry, Deferred, Streams, connect, defer, resolve, streams, twin
+from fbkernels.streams import Carry, Deferred, Streams, connect, defer, outside, resolve, streams, twin
 
 if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
 
 
-class LazyBuffers(nn.Module):
-    """Buffers whose shapes are known after the first forward; a checkpoint brings them along. float64 statistics stay float64."""
+class Stateful(nn.Module):
+    """Tensors that the first forward makes and a checkpoint brings along, moved and saved as buffers are. float64 statistics stay float64.
 
-    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # never None here
+    They are no buffers: torch pairs the buffers of a network with those of a copy (AveragedModel, DistributedDataParallel), made when these
+    were not there yet.
+    """
+
+    state: dict[str, Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = {}
 
     def names(self) -> tuple[str, ...]:
-        """The buffers that may be missing yet."""
+        """What ``state`` may hold."""
         raise NotImplementedError
 
     def home(self) -> torch.device:
         raise NotImplementedError
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in self.names():
-            given = state_dict.get(prefix + name)
-            if given is not None and (name not in self._buffers or self._buffers[name].shape != given.shape):
-                self._buffers[name] = torch.empty_like(given, device=self.home())
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = {name: t for name, t in self._buffers.items() if name != "B" and t.dtype == torch.float64}
         super()._apply(fn, recurse)
-        for name, t in exact.items():
-            if self._buffers[name].dtype != t.dtype:
-                self._buffers[name] = t.to(self._buffers[name].device)
+        for name, t in self.state.items():
+            new = fn(t)
+            exact = name != "B" and t.dtype == torch.float64
+            self.state[name] = t.to(new.device) if exact else new
         return self
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: t for name, t in self.state.items()})
 
-class FeedbackPoint(LazyBuffers):
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *args)
+        for name in self.names():
+            given = state_dict.get(prefix + name)
+            if given is None:
+                if name in self.state and strict:
+                    missing.append(prefix + name)
+                continue
+            if prefix + name in unexpected:
+                unexpected.remove(prefix + name)
+            if name not in self.state or self.state[name].shape != given.shape:
+                self.state[name] = torch.empty_like(given, device=self.home())
+            self.state[name].copy_(given)
+
+
+class FeedbackPoint(Stateful):
     """Where a hidden layer's activity gets its noise and its learned gradient: ``h = self.point(h)``.
 
     Outside a converted network, and in ``eval()``, it is the identity. In training its perturbed stream is ``p = phi(q) + xi`` with fresh
-    ``xi ~ std * N(0, I)`` (SPEC 1), and it owns B (SPEC 3): units x outputs in ``direct`` (a convolution's units are numbered
-    channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a convolution the shape of its kernel).
+    ``xi ~ std * N(0, I)`` (SPEC 1), in ``layerwise`` for the layer alone that reads it, and it owns B (SPEC 3): units x outputs in
+    ``direct`` (a convolution's units are numbered channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a
+    convolution the shape of its kernel).
     """
 
     def __init__(self) -> None:
@@ -60,6 +82,7 @@ class FeedbackPoint(LazyBuffers):
         self.name = ""
         self.index = -1
         self.converted = False  # put there by convert, and taken away by revert
+        self.reads = ""  # the layer whose input this is; else the point is behind its own layer
         self._net: tuple[Feedback, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
         self.shape: torch.Size | None = None  # of the activity, without the batch
         self.channels_first: bool | None = None  # whether a convolution made it; None: not known
@@ -102,7 +125,7 @@ class FeedbackPoint(LazyBuffers):
         if not isinstance(value, Tensor) or not value.is_floating_point():
             got = value.dtype if isinstance(value, Tensor) else repr(value)
             raise TypeError(f"B of point {self.name!r} must be a floating-point tensor, got {got}")
-        if old is None or "B" not in self._buffers:
+        if old is None or "B" not in self.state:
             raise ValueError(f"B of point {self.name!r} must have a shape before it can be set: take one training step")
         if value.shape != old.shape:
             raise ValueError(f"B of point {self.name!r} must have shape {tuple(old.shape)}, got {tuple(value.shape)}")
@@ -115,9 +138,9 @@ class FeedbackPoint(LazyBuffers):
     def store(self, B: Tensor) -> None:
         """The new B: another tensor, since a backward pass to come has saved the old, except where a CUDA graph knows the old."""
         if self.net.static:
-            self._buffers["B"].copy_(B)
+            self.state["B"].copy_(B)
         else:
-            self._buffers["B"] = B
+            self.state["B"] = B
 
     def forward(self, h: Tensor) -> Tensor:
         return self.perturb(h) if isinstance(h, Streams) and self._net else h
@@ -133,25 +156,38 @@ class FeedbackPoint(LazyBuffers):
             return defer(self.net, output.deferred, self)
         return streams(self.net, output.clean, output.perturbed, pending=self)
 
+    def enter(self, layer: nn.Module, args: Any) -> None:
+        """Forward pre-hook of a layer whose input this is."""
+        self.net.reader = (self,)
+
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a module named in ``points=``: the noise goes in right after it."""
         return self.perturb(output) if isinstance(output, Streams) else None
 
     def perturb(self, s: Streams) -> Streams:
         net = self.net
-        predicts = net.perturbing and net.rule.predicts and not net.layerwise
+        if net.layerwise:  # the layer that reads it puts the noise in
+            resolve(s).check()
+            if self.name not in net.points or not net.running:
+                return streams(net, net.cut(s.clean), s.perturbed)
+            net.visit(self, s.clean)
+            self.shape = s.clean.shape[1:]
+            return streams(net, net.cut(s.clean), s.perturbed, source=(self, ()))
+        net.number(self)
+        predicts = net.running and net.perturbing and net.rule.predicts
         block = None if s.deferred is None else self.block(s.deferred, predicts)
         if block is not None:
             h, perturbed = block
             return streams(net, net.cut(h), perturbed, source=(self, ()))
         resolve(s).check()
         h, perturbed = s.clean, s.perturbed
+        if not net.running:
+            return streams(net, net.cut(h), None, source=(self, ()))
         net.visit(self, h)
         self.shape = h.shape[1:]
-        if not net.layerwise:
-            prediction = self.flush(net.perturbed_rows if predicts else 0)
-            if prediction is not None:
-                net.predictions.append(prediction)
+        prediction = self.flush(net.perturbed_rows if predicts else 0)
+        if prediction is not None:
+            net.predictions.append(prediction)
         if net.perturbing:
             xi = self.noise(net.step, net.perturbed_rows, h.dtype)
             perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
@@ -177,7 +213,7 @@ class FeedbackPoint(LazyBuffers):
         epilogue = Epilogue(
             named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
         )
-        rows = net.perturbed_rows if net.perturbing else 0
+        rows = net.perturbed_rows if net.perturbing and net.running else 0
         q = source.perturbed if rows else None
         if layer is not None and deferred.autocast is not None:
             low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
@@ -195,8 +231,11 @@ class FeedbackPoint(LazyBuffers):
             x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
             size = layer.size_behind(weight)
         behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
-        options = {"antithetic": net.antithetic, "backend": chosen, **self.riding(predicts)}
-        h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
+        options = {"antithetic": net.antithetic, "backend": chosen, **(self.riding(predicts) if net.running else {})}
+        with outside(deferred.hooks):
+            h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
+        if not net.running:
+            return h, None
         net.visit(self, h)
         self.shape = h.shape[1:]
         if new.numel():
@@ -206,7 +245,9 @@ class FeedbackPoint(LazyBuffers):
             net.predictions.append(prediction)
         # Dynamo traces no backward pass that leaves something behind
         unpools = epilogue.pool == "max" and chosen == "triton" and not torch.compiler.is_compiling()
-        net.blocks[self.name] = (behind, kept if kept.numel() else h.detach(), winner if unpools else None)
+        kept = kept if kept.numel() else h.detach()
+        behind.version = 0 if torch.compiler.is_compiling() else kept._version
+        net.blocks[self.name] = (behind, kept, winner if unpools else None)
         return h, p if rows else None
 
     def riding(self, predicts: bool) -> dict[str, Any]:
@@ -215,9 +256,9 @@ class FeedbackPoint(LazyBuffers):
         if m is not None and (type(rule).learn is not Rule.learn or m.gains is None):
             self.flush()
             m = None
-        if "B" not in self._buffers or not (predicts or m is not None):
+        if "B" not in self.state or not (predicts or m is not None):
             return {}
-        update: dict[str, Any] = {"B": self._buffers["B"], "predicts": predicts}
+        update: dict[str, Any] = {"B": self.state["B"], "predicts": predicts}
         if m is not None and m.gains is not None:
             M, G = m.gains
             update |= {"learned_step": m.step, **({"R": M[0], "Q": M[1], "w": G} if isinstance(M, tuple) else {"M": M, "G": G})}
@@ -233,24 +274,21 @@ class FeedbackPoint(LazyBuffers):
 
     def create(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """B at its first use, as the rule starts it."""
-        if "B" not in self._buffers:
+        if "B" not in self.state:
             dtype = torch.promote_types(like.dtype, torch.float32)
             last = torch.full((), 2**32 - 1, dtype=torch.int64, device=like.device)  # a step that training does not reach
             normal = ops.noise(last, self.net.seed, self.index, shape[0], math.prod(shape[1:]), 1.0, "gaussian", dtype=dtype)
-            self._buffers["B"] = self.net.rule.start(normal.view(shape), self.net.layerwise)
-        B = self._buffers["B"]
+            self.state["B"] = self.net.rule.start(normal.view(shape), self.net.layerwise)
+        B = self.state["B"]
         if B.shape != shape:
             raise ValueError(f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}: is this another network's?")
         return B
 
-    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
-        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight."""
-        if self.weight is not None:
-            raise ValueError(
-                f"point {self.name!r} feeds two layers, and layerwise feedback has one B a point: "
-                "use feedback='direct', or name the points with points=[...]"
-            )
+    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor | None:
+        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight; None: backprop."""
         self._weight, self.connection, self.carry = (weight,), connection, carry
+        if not self.net.transports:
+            return None
         if self.net.rule.learned:
             self.create(weight.shape if connection.convolution else weight.shape[::-1], weight.detach())
         B = self.net.rule.feedback(self)
@@ -270,14 +308,14 @@ class FeedbackPoint(LazyBuffers):
             elif m is not None:
                 rule.learn(self, m)
             rule.feedback(self)  # which catches up with W where B follows it
-            if predicted_rows and prediction is None and "B" in self._buffers:
-                B = self._buffers["B"]
+            if predicted_rows and prediction is None and "B" in self.state:
+                B = self.state["B"]
                 prediction = self._op(B, *[None] * 6, self.net.step, predicted_rows)[1]
         return prediction
 
     def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None, predicted_rows: int = 0) -> Tensor | None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
-        B = self._buffers["B"]
+        B = self.state["B"]
         whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry  # G or w
         if target is None and whole:
             given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -116,6 +117,7 @@ class Deferred:
     calls: tuple[tuple[Any, str, tuple[Any, ...], dict[str, Any]], ...]  # function, its name, arguments but the first, keywords
     parts: tuple[tuple[Any, ...], ...]  # fusible() of what follows the layer, ("norm", Norm) of a batch norm
     grad: bool  # whether autograd was on
+    hooks: Any  # those on saved tensors: of torch.utils.checkpoint
     autocast: torch.dtype | None  # what autocast ran the layer in
 
 
@@ -143,7 +145,10 @@ class Streams(Tensor):
         """torch shows a custom autograd.Function to nobody: its output is a Streams whose clean tensor has lost its gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             if self.deferred is None and self.requires_grad and not self.clean.requires_grad:
-                raise ValueError("a custom autograd.Function hides the second stream and loses its own gradient: use torch functions")
+                raise ValueError(
+                    "a custom autograd.Function hides the second stream and loses its own gradient: use torch functions, and "
+                    "torch.utils.checkpoint with use_reentrant=False"
+                )
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -180,11 +185,22 @@ def resolve(s: Streams) -> Streams:
     """The activity with its deferred functions run, one by one."""
     if s.deferred is not None:
         y = s.deferred.source
-        with torch.set_grad_enabled(s.deferred.grad):
+        with torch.set_grad_enabled(s.deferred.grad), outside(s.deferred.hooks):
             for func, name, args, kwargs in s.deferred.calls:
                 y = _execute(func, name, (y, *args), kwargs)
         s.clean, s.perturbed, s.source, s.read, s.deferred = y.clean, y.perturbed, y.source, y.read, None
     return s
+
+
+def hooks() -> Any:
+    """What takes the tensors that autograd saves now."""
+    pair = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if pair is None else pair[0]
+
+
+def outside(then: Any) -> Any:
+    """What was put off before a checkpointed function began, or in one that has ended, is none that its second run repeats."""
+    return contextlib.nullcontext() if hooks() is then else torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
 def twin(s: Streams) -> Tensor:
@@ -225,7 +241,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
         refused = weight.shape[1] * layer.groups != x.shape[1] or any(n < 1 for n in layer.size_behind(weight))
         if refused or any(by_hand) or (weight.dtype != x.dtype and autocast is None):
             return None
-        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), autocast), None)
+        return defer(s.net, Deferred(s, (call,), (), torch.is_grad_enabled(), hooks(), autocast), None)
     part = ("norm", func) if isinstance(func, Norm) else fusible(name, args, kwargs)
     if part is None:
         return None
@@ -237,7 +253,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
             or _in_place(name, kwargs)
         ):
             return None
-        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled(), None), s.pending)
+        return defer(s.net, Deferred(s, (call,), (part,), torch.is_grad_enabled(), hooks(), None), s.pending)
     deferred = replace(s.deferred, calls=(*s.deferred.calls, call), parts=(*s.deferred.parts, part))
     if not _in_place(name, kwargs):
         return defer(s.net, deferred, s.pending)
@@ -285,14 +301,28 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     read = any(s.read for s in every) or _holds_tensor((args, kwargs))
     if name in _UNSHARED or _attention_dropout(name, args, kwargs):
         raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or take it out of the model")
+    if args and callable(args[0]):  # Dynamo's torch.utils.checkpoint, with both streams
+        raise RuntimeError(
+            f"{name} runs a part of the model where its feedback points do not show: leave torch.utils.checkpoint out of a compiled step; "
+            "torch._functorch.config.activation_memory_budget has the compiler choose what to recompute"
+        )
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):
         return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
-    if net.transports and first.source is not None and name in ("linear", "conv1d", "conv2d", "conv3d"):
-        return net.transport(name, *args, **kwargs)
+    if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
+        entry = net.entry(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+        if entry is not None:
+            return net.transport(entry, name, *args, **kwargs)
+    if net.layerwise and name not in _REARRANGEMENTS:
+        net.forks.update(s.source[0].name for s in every if s.source is not None)
 
-    differ = any(s.perturbed is not None for s in every)
+    if name == "view":  # a block's maps are channels-last, whatever the model's are
+        first.clean = _rows_first(first.clean)
+        first.perturbed = None if first.perturbed is None else _rows_first(first.perturbed)
+    if _in_place(name, kwargs) and first.source is not None and first.source[0].name in net.blocks:
+        first.clean = first.clean.clone()  # phi' of the block is read from what it was
+    differ = net.running and any(s.perturbed is not None for s in every)
     if _in_place(name, kwargs) and differ and first.perturbed is None:
         first.perturbed = twin(first).clone()
     constant = net.constant if net.warming else _same
@@ -302,12 +332,12 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     perturbed = None
     if differ:
         n = len(first.clean) if first.clean.ndim else 0
-        rows = partial(_aligned, first) if name.strip("_") in _ELEMENTWISE and net.perturbed_rows * (1 + net.antithetic) != n else None
+        rows = partial(_aligned, first) if name.strip("_") in _ELEMENTWISE and (net.antithetic or net.perturbed_rows != n) else None
         args, kwargs = _map(twin, args, rows), _map(twin, kwargs, rows)
         with torch.no_grad():
             perturbed = func(*_fit(name, args, first.clean.shape[0]), **kwargs)
     source = None
-    if net.transports and first.source is not None and name in _REARRANGEMENTS:
+    if net.layerwise and first.source is not None and name in _REARRANGEMENTS:
         rest, n = args[1:], first.clean.shape[0]
         source = (first.source[0], (*first.source[1], (name, lambda t: func(*_fit(name, (t, *rest), n), **kwargs))))
     if isinstance(clean, Tensor):
@@ -316,6 +346,10 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         twins = perturbed if perturbed is not None else [None] * len(clean)
         return type(clean)([streams(net, c, p, read=read) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
     return clean
+
+
+def _rows_first(t: Tensor) -> Tensor:
+    return t.contiguous() if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last) else t
 
 
 def _attention_dropout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -386,8 +420,8 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
     with torch.no_grad():
         mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
         rows = s.net.rows(mask)
-        perturbed = None if s.perturbed is None else s.perturbed * rows
-    # the source stays: w xi is without the mask an unbiased target of the gradient behind it, averaged over masks; with it, 1/(1-p) of that
+        perturbed = s.perturbed * rows if s.net.running and s.perturbed is not None else None
+    # in layerwise the source stays: the layer that reads the activity puts the noise in behind the mask
     return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
 
 
@@ -396,7 +430,7 @@ def _batch_norm(s: Streams, norm: Norm) -> Streams:
     running, weight, bias = norm.running(), norm.weight, norm.bias
     clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
-    if s.perturbed is not None:
+    if s.net.running and s.perturbed is not None:
         with torch.no_grad():
             mean, var = running
             if norm.training:

@@ -330,3 +330,49 @@ def test_a_compiled_step_is_the_eager_one(name: str, backend: str) -> None:
     for key, want in states[0].items():
         # the loss and e are float64 in a compiled step, Triton's own kernel in an eager one
         torch.testing.assert_close(states[1][key], want, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+class Changed(nn.Module):
+    """What a model may do to a pooled activity: in place, through a view."""
+
+    def __init__(self, change: Callable[[Tensor], Any], size: int = 12) -> None:
+        super().__init__()
+        self.a, self.b, self.out, self.change = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(36, 5), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.max_pool2d(F.relu(self.a(x)), 2)
+        changed = self.change(h)
+        h = F.max_pool2d(torch.tanh(self.b(h if changed is None else changed)), 2)
+        return self.out(h.view(len(x), -1))
+
+
+def add(h: Tensor) -> None:
+    h += 0.5
+
+
+CHANGES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
+    "+=": (add, lambda h: h + 0.5),
+    "mul_": (lambda h: h.mul_(-1), lambda h: -h),
+    "relu_": (lambda h: F.relu(h - 0.3, inplace=True), lambda h: F.relu(h - 0.3)),
+    "view": (lambda h: h.view(len(h), -1).add_(0.5).view_as(h), lambda h: h + 0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_activity_changed_in_place(change: str) -> None:
+    results = []
+    for how in CHANGES[change]:
+        torch.manual_seed(0)
+        results.append(train(Changed(how), torch.float32, "cpp", rule=fb.Joint(signal="output")))
+    for key, want in results[1].items():
+        # another memory format, another order of a convolution's sums
+        torch.testing.assert_close(results[0][key], want, rtol=0, atol=50 * 2.0**-23 * float(want.abs().max()) if change == "view" else 0)
+
+
+def test_an_activity_changed_in_place_behind_our_back_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(4, 5))
+    model[3].register_forward_hook(lambda m, args, h: h.add_(1.0))
+    network = fb.convert(model, rule=fb.Fixed(), backend="cpp")
+    out = network(torch.randn(6, 3, 6, 6))
+    with pytest.raises(RuntimeError, match=r"the activity of point '0' was modified in place"):
+        fb.PerturbedLoss(nn.CrossEntropyLoss(), network)(out, torch.arange(6) % 5)

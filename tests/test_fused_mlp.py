@@ -41,7 +41,7 @@ def modules(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int, batch: int, dtyp
     converted = fb.convert(model, feedback=net.feedback, rule=copy.deepcopy(net.rule), **options)
     for point, B in zip(fb.points(converted).values(), net.B, strict=True):
         if net.rule.learned:
-            point._buffers["B"] = B.to(dtype, copy=True)
+            point.state["B"] = B.to(dtype, copy=True)
     criterion = fb.PerturbedLoss(net._criterion, converted)
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer
@@ -272,7 +272,7 @@ def test_start_is_that_of_the_modules() -> None:
         converted = fb.convert(net.to_module(), feedback=feedback, rule=copy.deepcopy(rule), seed=9, warmup=1)
         fb.PerturbedLoss(net._criterion, converted)(converted(torch.zeros(2, 10)), torch.zeros(2, 4))
         for B, point in zip(net.B, fb.points(converted).values(), strict=True):
-            assert torch.equal(B, point._buffers["B"])
+            assert torch.equal(B, point.state["B"])
 
 
 def test_warmup_trains_B_alone() -> None:

@@ -66,6 +66,7 @@ def tensors(net: nn.Module) -> dict[str, Tensor]:
     """All that one step hands to the next."""
     shared = net.feedback
     out = {n: p.detach() for n, p in net.named_parameters()} | dict(net.named_buffers())
+    out |= {f"{n}.{k}": t for n, m in net.named_modules() for k, t in getattr(m, "state", {}).items()}
     if shared.scheduled is not None and shared.scheduled.gains is not None:
         out |= {f"handed on {i}": t for i, t in enumerate(shared.scheduled.handed_on)}
     return out

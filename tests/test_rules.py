@@ -340,8 +340,8 @@ def test_one_step_by_hand(structure: str, rule: fb.Rule) -> None:
     for i, name in enumerate(("0", "2")):
         points[name].B = normal(points[name].units, widths[i], seed=10 + i)
     B = [points[name].B.clone() for name in ("0", "2")]
-    V = {name: t.clone() for name, t in (net.feedback if structure == "direct" else points["2"])._buffers.items() if name == "V"}
-    V1 = {name: t.clone() for name, t in points["0"]._buffers.items() if name == "V"} if structure == "layerwise" else V
+    V = {name: t.clone() for name, t in (net.feedback if structure == "direct" else points["2"]).state.items() if name == "V"}
+    V1 = {name: t.clone() for name, t in points["0"].state.items() if name == "V"} if structure == "layerwise" else V
 
     x, y = data(net, n=11, seed=1)
     step = int(net.feedback.step)
@@ -706,7 +706,7 @@ def test_a_non_finite_sample_is_skipped(rule: fb.Rule, structure: str) -> None:
         one_step(other, xs, y)
         got.append([p.B for p in fb.points(other).values()])
         own = (*fb.points(other).values(), other.feedback)
-        assert all(torch.isfinite(b).all() for m in own for b in m._buffers.values() if b is not None)
+        assert all(torch.isfinite(b).all() for m in own for b in m.state.values() if b is not None)
         assert int(other.feedback.skipped) == (xs is bad)
     if rule.adapts and not isinstance(rule, fb.KolenPollack):  # and the other samples still count
         before = [p.B for p in fb.points(net).values()]

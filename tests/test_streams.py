@@ -395,14 +395,17 @@ def test_the_perturbed_stream_is_not_saved_for_backward(feedback: str) -> None:
     model, (x,) = sequential(), images()
     net = fb.convert(model, feedback=feedback)
     seen: list[Tensor] = []
-    for point in fb.points(net).values():
+    # where the noise goes in: at the point, or in layerwise in the layer that reads it
+    places = [(net.feedback, "transport")] if feedback == "layerwise" else [(point, "perturb") for point in fb.points(net).values()]
+    for owner, name in places:
+        run = getattr(owner, name)
 
-        def keep(s: Any, perturb: Callable[[Any], Any] = point.perturb) -> Any:
-            result = perturb(s)
+        def keep(*args: Any, run: Callable[..., Any] = run) -> Any:
+            result = run(*args)
             seen.append(result.perturbed)
             return result
 
-        object.__setattr__(point, "perturb", keep)
+        object.__setattr__(owner, name, keep)
 
     def saved(run: Callable[[], Any]) -> list[Tensor]:
         tensors: list[Tensor] = []

@@ -96,7 +96,7 @@ class Rule:
 
     def feedback(self, point: FeedbackPoint) -> Tensor | None:
         """The point's current B."""
-        return point._buffers.get("B")
+        return point.state.get("B")
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:
         """``private`` rules: dL/dh_l itself, in the layout of the activity."""

@@ -46,10 +46,10 @@ class KolenPollack(Rule):
     def feedback(self, point: FeedbackPoint) -> Tensor | None:
         if point.weight is not None:
             W = point.weight.detach()
-            before = point._buffers.setdefault("before", W.clone())
+            before = point.state.setdefault("before", W.clone())
             if not torch.equal(W, before):
-                B = point._buffers["B"]
+                B = point.state["B"]
                 change = W - (1 - self.decay) * before
-                point._buffers["B"] = ((1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)).contiguous()
-                point._buffers["before"] = W.clone()
+                point.state["B"] = ((1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)).contiguous()
+                point.state["before"] = W.clone()
         return super().feedback(point)

@@ -37,7 +37,7 @@ class WeightMirror(Rule):
 
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert point.connection is not None
-        B, c = point._buffers["B"], point.connection
+        B, c = point.state["B"], point.connection
         dh, dz = (t.to(B.dtype) for t in m.changes[point.name])
         finite = torch.isfinite(dh).flatten(1).all(1) & torch.isfinite(dz).flatten(1).all(1)
         dh, dz = (torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in (dh, dz))
@@ -49,4 +49,4 @@ class WeightMirror(Rule):
         power = dh.square().sum() * (samples * inputs / dh.numel() * c.groups if c.convolution else 1)
         eta = self.lr / (power / inputs + power / samples)
         step = torch.where(torch.isfinite(eta) & torch.isfinite(gradient).all(), eta, 0.0) * torch.nan_to_num(gradient)
-        point._buffers["B"] = (B + (step if c.convolution else step.T)).contiguous()
+        point.state["B"] = (B + (step if c.convolution else step.T)).contiguous()
