@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbkernels import ops, reference
-from fbkernels.reference import Connection, layout
+from fbkernels.reference import Connection, layout, units
 from fbkernels.streams import Norm
 
 
 class Deliver(torch.autograd.Function):
     """Per-sample losses whose backward hands c e to the logits and c e B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
 
-    ``feedback`` holds a B_l [units, outputs] for each activity, or with ``given`` the gradients dL/dh_l themselves. A fused block gets
+    ``feedback`` holds a B_l [units, outputs] for each activity, and ``layouts`` how units lie in it (the last arguments of
+    ``reference.layout``); or with ``given`` the gradients dL/dh_l themselves. A fused block gets
     ``(c e B_l^T) * phi'``.
     """
 
@@ -30,7 +31,7 @@ class Deliver(torch.autograd.Function):
         e: Tensor,
         feedback: tuple[Tensor, ...],
         blocks: tuple[tuple[Behind, Tensor, Tensor | None] | None, ...],
-        channels_first: tuple[bool | None, ...],
+        layouts: tuple[tuple[bool | None, int], ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
         anchor: Tensor | None,
@@ -39,7 +40,7 @@ class Deliver(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
         ctx.behind = [None if block is None else block[0] for block in blocks]
-        ctx.given, ctx.record, ctx.channels_first = given, record, channels_first
+        ctx.given, ctx.record, ctx.layouts = given, record, layouts
         ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
         return losses.clone()
 
@@ -54,11 +55,17 @@ class Deliver(torch.autograd.Function):
         (shape, dtype), *like = ctx.like
         ce = c.to(e.dtype)[:, None] * e
         grads = [ce.view(shape).to(dtype)]
-        for F, behind, first, (shape, dtype) in zip(feedback, ctx.behind, ctx.channels_first, like, strict=True):
+        for F, behind, (first, share), (shape, dtype) in zip(feedback, ctx.behind, ctx.layouts, like, strict=True):
             if behind is not None:
                 grads.append(behind.deliver(ce, F, next(kept), next(kept)))
                 continue
-            g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1)) if ctx.given else layout(ce.to(F.dtype) @ F.T, shape, first)
+            if ctx.given:
+                g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1))
+            else:  # what places share is their sum's: each gets the mean
+                g = ce.to(F.dtype) @ F.T
+                if share > 1:
+                    g = g / units(g.new_ones(1, *shape[1:]), first, share)
+                g = layout(g, shape, first, share)
             grads.append(g.to(dtype))
         return None, None, None, None, None, None, None, None, *grads
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fbkernels import ops
 from fbkernels._check import boolean, in_interval, integer, one_of, positive
 from fbkernels.feedback import Feedback
-from fbkernels.loss import owner_of, unwrap
+from fbkernels.loss import PerturbedLoss, owner_of, unwrap
 from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
+
+_WHOLE = 2**31 - 1  # places that share: more than a map has
 
 
 def convert(
@@ -36,6 +42,7 @@ def convert(
     antithetic: bool = False,
     warmup: int = 0,
     backend: str = "auto",
+    share: int | str = 1,
 ) -> nn.Module:
     """A network with feedback points around the very same Parameter and buffer objects; ``model`` stays as it was.
 
@@ -61,6 +68,9 @@ def convert(
         antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the noise of even orders.
         warmup: in the first ``warmup`` steps only B learns; parameters get no gradient.
         backend: "auto" or a name from ``fbkernels.backends()``.
+        share: direct feedback: ``share`` x ``share`` neighbouring units of a channel, or with "channel" all of them, get the same noise and
+            have one row of B, which learns the sum of their gradients; each gets the mean. So B is smaller and needs fewer samples, about
+            n_tot with ``Joint``, and what differs within a patch is lost. Such maps run outside the fused kernels.
 
     Raises:
         TypeError, ValueError: an argument that is not of the form above; no hidden layer found; a rule that the feedback structure
@@ -79,6 +89,10 @@ def convert(
         raise TypeError(f"rule must be an fbkernels rule such as Ridge(), got {rule!r}")
     if feedback not in rule.structures:
         raise ValueError(f"feedback must be {' or '.join(map(repr, rule.structures))} with {rule!r}, got {feedback!r}")
+    if share != "channel":
+        integer("share", share, 1)
+    if share != 1 and (feedback != "direct" or rule.private):
+        raise ValueError(f"share must be 1 with feedback={feedback!r} and {rule!r}, whose B has a row for no unit, got {share!r}")
     places = _places(model, points, include, exclude)
     owner = Feedback(
         layerwise=feedback == "layerwise" and not rule.private,
@@ -92,6 +106,7 @@ def convert(
         antithetic=boolean("antithetic", antithetic),
         warmup=integer("warmup", warmup, 0),
         backend=backend,
+        share=_WHOLE if share == "channel" else int(share),
     )
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     owner.to(device)
@@ -215,9 +230,9 @@ class PointSummary:
 class Summary(list[PointSummary]):
     """What was converted; prints as a table."""
 
-    def __init__(self, rows: Iterable[PointSummary], title: str) -> None:
+    def __init__(self, rows: Iterable[PointSummary], title: str, peak: int | None = None) -> None:
         super().__init__(rows)
-        self.title = title
+        self.title, self.peak = title, peak
 
     def __repr__(self) -> str:
         head = ("point", "layer", "index", "units", "B", "memory")
@@ -238,27 +253,70 @@ class Summary(list[PointSummary]):
     __str__ = __repr__
 
 
-def summary(net: nn.Module) -> Summary:
+def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     """What was converted: each point's layer, units, B and the memory of B and its statistics.
 
-    Shapes are known after the first training forward; until then they read "?".
+    Shapes are known after the first training forward; until then they read "?". With a batch ``x`` of inputs (on the meta device, if you
+    like: only its shape counts) they are predicted, by a training step of plain torch operators on a copy without data, and with them
+    ``peak``, the bytes that such a step holds at most: parameters, gradients, activities of both streams, B and its statistics; not what an
+    optimiser keeps. The fused kernels need less.
 
     Raises:
         TypeError: net is not a converted network.
     """
     root, owner = unwrap(net), owner_of(net)
+    peak = None
+    if x is not None:
+        owner.flush()
+        with _Peak() as memory:
+            # a batch of its own size for each output, and a criterion that every output counts in
+            root = copy.deepcopy(root).to("meta").train()
+            z = root(x.to("meta"))
+            PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), root)(z, z.detach()).sum().backward()
+            owner_of(root).flush()
+        peak, points = memory.peak, owner_of(root)
+    else:
+        points = owner
     rows = []
-    for name, point in owner.points.items():
+    for name, point in points.points.items():
         B = point.B
-        size = sum(t.numel() * t.element_size() for t in point.state.values())
+        size = _bytes(point.state)
         layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
-    shared = sum(t.numel() * t.element_size() for t in owner.state.values())
     title = (
         f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
-        f"{int(owner.skipped)} samples skipped, shared statistics {shared / 2**20:.2f} MiB"
+        f"{int(owner.skipped)} samples skipped, shared statistics {_bytes(points.state) / 2**20:.2f} MiB"
     )
-    return Summary(rows, title)
+    if peak is not None and x is not None:
+        title += f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
+    return Summary(rows, title, peak)
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes at once of what operators make in the ``with`` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
 
 
 __all__ = ["Summary", "convert", "flush", "points", "revert", "summary"]

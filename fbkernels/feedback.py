@@ -39,11 +39,13 @@ class Feedback(Stateful):
         antithetic: bool,
         warmup: int,
         backend: str,
+        share: int,
     ) -> None:
         super().__init__()
         self.layerwise, self.everywhere = layerwise, everywhere
         self.rule, self.noise_std, self.noise, self.seed = rule, noise_std, noise, seed
         self.every, self.fraction, self.antithetic, self.warmup, self.backend = every, fraction, antithetic, warmup, backend
+        self.share = share  # places along each dimension of a map that have one noise and one row of B
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.points: dict[str, FeedbackPoint] = {}
@@ -378,7 +380,8 @@ class Feedback(Stateful):
             warnings.warn(f"{int(self.skipped)} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=4)
 
     def extra_repr(self) -> str:
-        return f"{'layerwise' if self.layerwise else 'direct'}, rule={self.rule}, noise_std={self.noise_std}, noise={self.noise!r}"
+        share = "" if self.share == 1 else f", share={self.share}"
+        return f"{'layerwise' if self.layerwise else 'direct'}, rule={self.rule}, noise_std={self.noise_std}, noise={self.noise!r}{share}"
 
     def names(self) -> tuple[str, ...]:
         return () if self.layerwise else self.rule.statistics

@@ -244,10 +244,10 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
     else:
         feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
         activities = tuple(net.activities.values())
-    channels_first = tuple(point.channels_first for point in points) if activities else ()
+    layouts = tuple((point.channels_first, net.share) for point in points) if activities else ()
     blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
     for point, block in zip(points, blocks, strict=False):
         if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
             raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
-    out: Tensor = Deliver.apply(losses, e, feedback, blocks, channels_first, net.rule.private, record, anchor, logits, *activities)
+    out: Tensor = Deliver.apply(losses, e, feedback, blocks, layouts, net.rule.private, record, anchor, logits, *activities)
     return out

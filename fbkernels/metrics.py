@@ -131,7 +131,7 @@ def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | No
     if B is None:
         return None, None, None
     if not owner.layerwise:
-        best = torch.linalg.pinv(e) @ reference.units(t, point.channels_first)  # e of cross-entropy is rank-deficient
+        best = torch.linalg.pinv(e) @ reference.units(t, point.channels_first, owner.share)  # e of cross-entropy is rank-deficient
         return B, best.T, e
     assert point.weight is not None and point.connection is not None
     W = point.weight.detach()

@@ -101,8 +101,11 @@ class FeedbackPoint(Stateful):
 
     @property
     def units(self) -> int:
-        """n_l, the number of noisy units."""
-        return math.prod(self.shape) if self.shape is not None else 0
+        """n_l, the number of noisy units; places of a map that share their noise are one."""
+        if self.shape is None:
+            return 0
+        shares = self.net.share > 1 and reference.is_map(len(self.shape) + 1, self.channels_first)
+        return math.prod(reference.patches(self.shape, self.net.share) if shares else self.shape)
 
     @property
     def B(self) -> Tensor | None:
@@ -197,6 +200,8 @@ class FeedbackPoint(Stateful):
         """The layer, its norm, activation and pooling, the noise, and B's pending update in one pass (SPEC 5); None where what was
         deferred is of another form."""
         net, source, calls = self.net, deferred.source, deferred.calls
+        if net.share > 1 and source.clean.ndim == 4:
+            return None
         layer, x, weight, bias = None, source.clean, None, None
         constant = net.constant if net.warming else (lambda t: t)
         if len(calls) > len(deferred.parts):
@@ -267,10 +272,13 @@ class FeedbackPoint(Stateful):
     def noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """The step's noise xi_l, in the layout of the activity; regenerated, never stored."""
         assert self.shape is not None
+        return reference.layout(self._noise(step, rows, dtype), (rows, *self.shape), self.channels_first, self.net.share).to(dtype)
+
+    def _noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Samples x units."""
         net = self.net
         exact = dtype if dtype == torch.float64 else torch.float32
-        xi = ops.noise(step, net.seed, self.index, rows, self.units, net.noise_std, net.noise, dtype=exact, backend=net.backend)
-        return reference.layout(xi, (rows, *self.shape), self.channels_first).to(dtype)
+        return ops.noise(step, net.seed, self.index, rows, self.units, net.noise_std, net.noise, dtype=exact, backend=net.backend)
 
     def create(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """B at its first use, as the rule starts it."""
@@ -338,9 +346,11 @@ class FeedbackPoint(Stateful):
 
     def regressand(self, m: Measurement, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""
-        xi = self.noise(m.step, m.rows, dtype) if target is None else target.to(dtype)
         if self.connection is None:
-            return reference.units(xi, self.channels_first)
+            if target is None:
+                return self._noise(m.step, m.rows, dtype).to(dtype)
+            return reference.units(target.to(dtype), self.channels_first, self.net.share)
+        xi = self.noise(m.step, m.rows, dtype) if target is None else target.to(dtype)
         for name, rearrange in self.carry:
             xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
         return self.connection.samples(xi)

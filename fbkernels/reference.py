@@ -74,19 +74,52 @@ def noise(
     return (std * pairs).flatten(1)[:, :units].to(dtype)
 
 
-def units(h: Tensor, channels_first: bool | None = None) -> Tensor:
-    """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6).
+def is_map(dimensions: int, channels_first: bool | None) -> bool:
+    """Whether an activity of so many dimensions, the batch's included, is [samples, channels, ...].
 
     ``channels_first``: a convolution made it; None: not known, so four and more dimensions say so.
     """
-    return (h.movedim(1, -1) if channels_first or (channels_first is None and h.ndim > 3) else h).flatten(1)
+    return channels_first or (channels_first is None and dimensions > 3)
 
 
-def layout(u: Tensor, shape: tuple[int, ...], channels_first: bool | None = None) -> Tensor:
-    """The inverse of ``units``: samples x units in the shape of an activity, batch first."""
-    if channels_first or (channels_first is None and len(shape) > 3):
-        return u.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-    return u.view(shape)
+def units(h: Tensor, channels_first: bool | None = None, share: int = 1) -> Tensor:
+    """An activity as samples x units, a convolution's numbered channels-last: u = (y * W + x) * C + c (SPEC 6).
+
+    Where ``share`` places along each dimension of a map are one unit, their sum is that unit's.
+    """
+    if not is_map(h.ndim, channels_first):
+        return h.flatten(1)
+    return (h if share == 1 else gather(h, share)).movedim(1, -1).flatten(1)
+
+
+def layout(u: Tensor, shape: Sequence[int], channels_first: bool | None = None, share: int = 1) -> Tensor:
+    """The adjoint of ``units``, and its inverse where nothing is shared: samples x units in the shape of an activity, batch first."""
+    if not is_map(len(shape), channels_first):
+        return u.view(*shape)
+    small = patches(shape[1:], share)
+    h = u.view(shape[0], *small[1:], small[0]).movedim(-1, 1)
+    return h if share == 1 else spread(h, shape[1:], share)
+
+
+def patches(shape: Sequence[int], share: int) -> tuple[int, ...]:
+    """The shape of an activity [channels, ...] of which ``share`` places along each dimension of its maps are one."""
+    return (shape[0], *(-(-n // share) for n in shape[1:]))
+
+
+def spread(t: Tensor, shape: Sequence[int], share: int) -> Tensor:
+    """Each patch's number at all its places: [samples, *patches(shape)] to [samples, *shape]."""
+    for d, n in enumerate(shape[1:], 2):
+        t = t.repeat_interleave(min(share, n), d).narrow(d, 0, n)
+    return t
+
+
+def gather(t: Tensor, share: int) -> Tensor:
+    """The sum over each patch, the adjoint of ``spread``: [samples, channels, ...] to [samples, *patches(...)]."""
+    for d in range(2, t.ndim):
+        n, s = t.shape[d], min(share, t.shape[d])
+        index = torch.arange(n, device=t.device) // s
+        t = t.new_zeros(*t.shape[:d], -(-n // s), *t.shape[d + 1 :]).index_add(d, index, t)
+    return t
 
 
 # phi and, from what is kept of it, phi': h = phi(z), of gelu z itself

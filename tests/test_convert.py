@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fbkernels as fb
+from fbkernels.convert import _Peak
 
 
 def cnn() -> nn.Sequential:
@@ -339,3 +340,28 @@ def test_empty_and_single_batches() -> None:
     assert float(loss) == 0
     assert torch.equal(fb.points(net)["0"].B, B)
     assert math.isfinite(train(net, torch.randn(4, 3), torch.tensor([0, 1, 2, 3]))[0])
+
+
+METHODS = [(rule, feedback) for rule in (fb.Ridge(), fb.LMS(0.1), fb.Joint(0.1), fb.Joint(0.1, "output")) for feedback in rule.structures]
+METHODS += [(fb.WeightMirror(0.1), "layerwise"), (fb.KolenPollack(0.1), "layerwise"), (fb.Fixed(), "direct")]
+
+
+@pytest.mark.parametrize(("rule", "feedback"), METHODS, ids=str)
+def test_summary_predicts_what_a_step_makes(rule: fb.Rule, feedback: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
+    net = fb.convert(model, feedback=feedback, rule=rule, backend="reference")
+    x = torch.randn(7, 2, 14, 14)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    predicted = fb.summary(net, x)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items()) and net.state_dict().keys() == before.keys()
+    with _Peak() as memory:
+        real = copy.deepcopy(net)
+        z = real(x)
+        fb.PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), real)(z, z.detach()).sum().backward()
+        fb.flush(real)
+    assert list(predicted) == list(fb.summary(real))
+    assert "at most" in str(predicted) and predicted.title.split("statistics")[1].split("MiB")[0] in fb.summary(real).title
+    assert memory.peak <= predicted.peak < 1.5 * memory.peak  # without data, autograd keeps some results of its own
+    floor = sum(2 * p.numel() * 4 for p in net.parameters()) + sum(row.bytes for row in predicted)  # parameters, gradients, B, statistics
+    assert predicted.peak > floor
+    assert predicted.peak < fb.summary(net, torch.empty(14, 2, 14, 14, device="meta")).peak

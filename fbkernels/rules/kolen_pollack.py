@@ -47,7 +47,7 @@ class KolenPollack(Rule):
         if point.weight is not None:
             W = point.weight.detach()
             before = point.state.setdefault("before", W.clone())
-            if not torch.equal(W, before):
+            if W.is_meta or not torch.equal(W, before):
                 B = point.state["B"]
                 change = W - (1 - self.decay) * before
                 point.state["B"] = ((1 - self.decay) * B + (change if B.ndim > 2 else change.T).to(B.dtype)).contiguous()
