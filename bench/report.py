@@ -98,10 +98,27 @@ def timings(path: Path) -> str:
     return f"{heading}\n{where}\n\n" + "\n".join(lines) + f"\n\nThe machine's own rates in the same run: {roof}.\n"
 
 
+def sharing(path: Path) -> str:
+    """What ``convert(share=)`` does to B's size and to the angle of each layer, as samples pass."""
+    data = json.loads(path.read_text())
+    results = data["results"]
+    samples = list(next(iter(results.values()))["angles"])
+    lines = [
+        f"| share | noisy units | B, MiB | {' | '.join(f'{int(n):,} samples' for n in samples)} | floor |",
+        "| --- " * (4 + len(samples)) + "|",
+    ]
+    for share, row in results.items():
+        angles = [" ".join(f"{angle:.0f}" for angle in layers) for layers in (*row["angles"].values(), row["floor"])]
+        lines.append(f"| {share} | {row['noisy_units']:,} | {row['B_bytes'] / 2**20:.2f} | {' | '.join(angles)} |")
+    text = "angle of each layer while W is kept, and with the best B of the form; torch " + data["torch"]
+    return f"\n## share\n\n`python bench/share.py --data-dir D`: {text}\n\n" + "\n".join(lines) + "\n"
+
+
 def main() -> None:
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     benchmarks = sorted(path for path in RESULTS.glob("*.json") if "benchmarks" in json.loads(path.read_text()))
-    (RESULTS / "README.md").write_text(HEAD + "".join(map(timings, benchmarks)) + "".join(map(table, runs)))
+    shared = sharing(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
+    (RESULTS / "README.md").write_text(HEAD + "".join(map(timings, benchmarks)) + "".join(map(table, runs)) + shared)
     for run in runs:
         figures = RESULTS.parent / "figures" / run.name
         figures.mkdir(parents=True, exist_ok=True)
