@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "cnn", "mlp", "paper_cnn", "resnet18", "resnet20", "wrn16_4"]
+__all__ = ["MODELS", "cnn", "mlp", "paper_cnn", "residual_points", "resnet18", "resnet20", "wrn16_4"]
 
 
 def mlp(shape: tuple[int, int, int], classes: int) -> nn.Sequential:
@@ -134,6 +134,13 @@ def resnet18(shape: tuple[int, int, int], classes: int, width: int = 64) -> nn.S
 def wrn16_4(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Sequential:
     """Zagoruyko & Komodakis 2016, WRN-16-4: three stages of two pre-activation blocks, 64-128-256 wide."""
     return _residual(PreActivationBlock, shape, classes, width, (4 * width, 8 * width, 16 * width), 2)
+
+
+def residual_points(net: nn.Module) -> list[str]:
+    """For ``convert(points=)``, one point for each residual block and one behind the stem: names of modules; none if there is no block."""
+    blocks = [name for name, m in net.named_modules() if isinstance(m, (BasicBlock, PreActivationBlock))]
+    children = [name for name, _ in net.named_children()]
+    return [children[children.index("layer1") - 1], *blocks] if blocks else []
 
 
 MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Sequential]] = {
