@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels._check import in_interval, integer, one_of, positive
 from fbkernels.data import NAMES, crop_and_flip, draw_crops, load
-from fbkernels.models import MODELS, residual_points
+from fbkernels.models import MODELS, direct_points
 from fbkernels.plot import curves
 
 __all__ = [
@@ -293,11 +293,9 @@ def build(
         if s.compile and feedback == "layerwise":
             raise ValueError(f"compile: layerwise feedback cannot be compiled, and {method} has that")
         decay = rule.decay / lr if isinstance(rule, fb.KolenPollack) else decay
-        points = None
-        if s.points == "block" and feedback == "direct":
-            points = residual_points(net)
-            if not points:
-                raise ValueError(f"points must be 'layer' with {s.model}, which has no residual blocks, got 'block'")
+        points = direct_points(net, s.points) if feedback == "direct" else None
+        if feedback == "direct" and s.points == "block" and points is None:
+            raise ValueError(f"points must be 'layer' with {s.model}, which has no residual blocks, got 'block'")
         net = fb.convert(
             net,
             feedback=feedback,
