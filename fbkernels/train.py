@@ -399,7 +399,7 @@ def _run(
             for step, (rows, crops) in list(enumerate(data.epoch(seed, epoch, settings.batch_size)))[first:]:
                 x, y = data.batch(data.train, rows, crops)
                 t = epoch * steps + step
-                torch.manual_seed(seed * 1_000_003 + t)  # of dropout
+                torch.manual_seed(seed * 1_000_003 + t)  # dropout
                 for group in optimizer.param_groups:
                     group["lr"] = base_lr * lr_factor(settings.schedule, t, settings.epochs * steps)
                 loss, logits = forward(x, y)
@@ -422,6 +422,7 @@ def _run(
             test_loss, test_accuracy = _evaluate(settings, net, data, data.test) if read else nothing
             diverged = not all(map(math.isfinite, (train_loss, val_loss or 0.0, test_loss or 0.0)))
             probe = data.batch(data.held, slice(HELD_OUT))
+            torch.manual_seed(seed)
             points = {} if method == "backprop" or diverged else fb.metrics.alignment(net, criterion, *probe)
             record = {
                 "method": method,
