@@ -99,8 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         help="random crops of the padded image, mirrored or not; default: CIFAR but with mlp and cnn",
     )
     p.add_argument("--optimizer", choices=tuple(job.OPTIMIZERS), help=recipes("optimizer"))
-    own = ", ".join(f"{name} {lr}" for name, (lr, _) in job.OPTIMIZERS.items())
-    p.add_argument("--lr", type=float, help=f"{recipes('lr')}; None, or another optimizer: {own}")
+    own = ", ".join(f"{lr} with {name}" for name, (lr, _) in job.OPTIMIZERS.items())
+    p.add_argument("--lr", type=float, help=f"{recipes('lr')}; None, or with another optimizer: {own}")
     p.add_argument("--weight-decay", type=float, metavar="D", help=recipes("weight_decay"))
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of lr; cosine rises over the first 20th")
     p.add_argument("--label-smoothing", type=float, metavar="E", help="default: 0")

@@ -34,6 +34,7 @@ __all__ = [
     "Progress",
     "Settings",
     "build",
+    "hardware",
     "load_checkpoint",
     "lr_factor",
     "recipe",
@@ -76,8 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "paper_cnn": {
         **_CIFAR,
         "epochs": 60,
-        "lr": 1e-3,
-        "weight_decay": 1e-3,
+        "lr": 3e-4,
         "feedback": "direct",
         "rule": "joint",
         "compare": ("backprop", "dfa"),
@@ -348,7 +348,7 @@ def train(
     try:
         with torch.random.fork_rng([settings.device] if settings.device.startswith("cuda") else []):
             records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch, log)
-        summary = {"settings": asdict(settings), "versions": versions(), "hardware": _hardware(settings), "results": summarise(records)}
+        summary = {"settings": asdict(settings), "versions": versions(), "hardware": hardware(settings), "results": summarise(records)}
     finally:
         torch.set_num_threads(threads)
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -496,7 +496,8 @@ def versions() -> dict[str, str]:
     return {"fbkernels": fb.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def _hardware(s: Settings) -> dict[str, Any]:
+def hardware(s: Settings) -> dict[str, Any]:
+    """What a job's times depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
