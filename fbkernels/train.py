@@ -69,8 +69,8 @@ OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
 }
 _CIFAR = {"batch_size": 128, "schedule": "cosine", "augment": True, "dtype": "bfloat16"}
 _RESIDUAL = {**_CIFAR, "optimizer": "momentum", "lr": 0.1, "weight_decay": 5e-4, "feedback": "layerwise", "rule": "weight-mirror"}
-# what a model's settings are where they are not those of Settings: lr and weight_decay go with the optimiser, rule_args with the rule,
-# augment with CIFAR, bfloat16 with a GPU
+# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, augment with CIFAR,
+# bfloat16 with a GPU
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp": {},
     "cnn": {},
@@ -184,16 +184,14 @@ def recipe(**given: Any) -> Settings:
         ValueError, TypeError: as Settings.
     """
     s = Settings(**{k: v for k, v in given.items() if k in ("data", "model", "device")})
-    defaults = {"validation": VALIDATION if s.data in ("cifar10", "cifar100") else 0, **RECIPES[s.model]}
-    own = Settings(**defaults)
-    for leader, followers in (("optimizer", ("lr", "weight_decay")), ("rule", ("rule_args",))):
-        if given.get(leader, getattr(own, leader)) != getattr(own, leader):
-            defaults = {k: v for k, v in defaults.items() if k not in followers}
-    if not defaults["validation"]:
-        defaults.pop("augment", None)
-    if not s.device.startswith("cuda"):
-        defaults.pop("dtype", None)
-    return Settings(**{**defaults, **given})
+    cifar = s.data in ("cifar10", "cifar100")
+    own = Settings(**RECIPES[s.model])
+    drop = {"augment"} if not cifar else set()
+    drop |= {"dtype"} if not s.device.startswith("cuda") else set()
+    drop |= {"lr", "weight_decay"} if given.get("optimizer", own.optimizer) != own.optimizer else set()
+    drop |= {"rule_args"} if given.get("rule", own.rule) != own.rule else set()
+    defaults = {k: v for k, v in RECIPES[s.model].items() if k not in drop}
+    return Settings(**{"validation": VALIDATION if cifar else 0, **defaults, **given})
 
 
 def lr_factor(schedule: str, step: int, steps: int) -> float:
@@ -386,6 +384,7 @@ def _run(
                 return criterion(logits, y), logits.detach()
 
         if settings.compile:
+            torch.compiler.reset()  # Dynamo compiles one function for a few networks only
             forward = torch.compile(forward, fullgraph=True, dynamic=False)
         resumed = run == at["run"] and "net" in at
         if resumed:
