@@ -69,8 +69,8 @@ OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
 }
 _CIFAR = {"batch_size": 128, "schedule": "cosine", "augment": True, "dtype": "bfloat16"}
 _RESIDUAL = {**_CIFAR, "optimizer": "momentum", "lr": 0.1, "weight_decay": 5e-4, "feedback": "layerwise", "rule": "weight-mirror"}
-# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, augment with CIFAR,
-# bfloat16 with a GPU
+# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, augment with
+# CIFAR, bfloat16 with a GPU
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp": {},
     "cnn": {},
