@@ -7,10 +7,12 @@ Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fbkernels.plot import curves
+from fbkernels.train import recipe
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Results
@@ -18,20 +20,30 @@ HEAD = """# Results
 Made by `python bench/report.py` from the raw files beside this page; no number is typed by hand. Mean over seeds, with the standard error
 where there are several. *angle*: degrees between a layer's learned and true gradient at the end of training, from the first hidden layer to
 the last. *time*: of a training epoch, relative to backprop's in the same run. Accuracy is of the last epoch, never of the best.
+Where training images were held out, the figures show those, and the test set was read once, after the last epoch.
 """
 
 
 def command(settings: dict[str, Any]) -> str:
+    """What differs from the model's recipe."""
+    kind = {k: settings[k] for k in ("data", "model")}
+    default = json.loads(json.dumps(asdict(recipe(**kind))))
     words = ["fbkernels train"]
     for name, value in settings.items():
-        if name == "data_dir" and value is not None:
+        option = f"--{name.replace('_', '-')}"
+        if value is None or (value == default[name] and name not in kind):
+            continue
+        if name == "data_dir":
             value = "D"
-        if name == "seeds":
-            value = len(value) if value == list(range(len(value))) else ",".join(map(str, value))
-        if isinstance(value, list):
-            value = ",".join(value)
-        if value not in (None, False, {}, 0) and (name, value) not in (("fraction", 1.0), ("every", 1), ("device", "cpu")):
-            words.append(f"--{name.replace('_', '-')} {value}")
+        elif name == "seeds" and value == list(range(len(value))):
+            value = len(value)
+        elif isinstance(value, bool):
+            option, value = option if value else option.replace("--", "--no-", 1), ""
+        elif isinstance(value, list):
+            value = ",".join(map(str, value)) or "''"
+        elif isinstance(value, dict):
+            option, value = "--rule-arg", " --rule-arg ".join(f"{k}={v}" for k, v in value.items())
+        words.append(f"{option} {value}".strip())
     return " ".join(words)
 
 

@@ -20,6 +20,8 @@ from fbkernels.models import MODELS
 
 __all__ = ["main"]
 
+COLUMNS = ("method", "seed", "epoch", "loss", "train %", "val %", "test %", "angle", "s")
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -60,26 +62,49 @@ def _parser() -> argparse.ArgumentParser:
         help="train a network and its rivals",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train a small network with learned feedback, and rivals on the same seeds, initial weights and batches.",
+        description="Train a network with learned feedback, and rivals on the same seeds, initial weights and batches. Defaults are "
+        "the model's recipe.",
     )
     default = job.Settings()
+
+    def recipes(name: str) -> str:
+        own = {model: r.get(name, getattr(default, name)) for model, r in job.RECIPES.items()}
+        return "default: " + ", ".join(f"{v} ({' '.join(m for m in own if own[m] == v)})" for v in dict.fromkeys(own.values()))
+
     p.add_argument("--data", choices=NAMES, help="default: digits, which needs no files")
     p.add_argument("--data-dir", metavar="DIR", help="folder with the published files of mnist, cifar10 or cifar100")
     p.add_argument("--model", choices=tuple(MODELS), help=f"default: {default.model}")
-    p.add_argument("--feedback", choices=("direct", "layerwise"), help=f"default: {default.feedback}")
+    p.add_argument("--feedback", choices=("direct", "layerwise"), help="default: the model's")
     p.add_argument(
         "--rule",
         metavar="NAME",
-        help=f"{', '.join(job.METHODS)}; default: {default.rule}. joint is joint-output with direct feedback, joint-loss with layerwise; "
+        help=f"{', '.join(job.METHODS)}; default: the model's. joint is joint-output with direct feedback, joint-loss with layerwise; "
         "fa is fixed and layerwise, dfa fixed and direct, backprop the plain model; kolen-pollack also decays W",
     )
     p.add_argument("--rule-arg", dest="rule_args", type=_rule_arg, action="append", metavar="NAME=VALUE", help="such as gamma=0.1")
-    p.add_argument("--compare", type=_names, metavar="A,B,...", help=f"rivals; default: {','.join(default.compare)}; '' for none")
-    p.add_argument("--epochs", type=int, metavar="N", help=f"default: {default.epochs}")
-    p.add_argument("--batch-size", type=int, metavar="N", help=f"default: {default.batch_size}")
-    p.add_argument("--train-images", type=int, metavar="N", help=f"the first N; default: all but {job.HELD_OUT} that measure angles")
-    p.add_argument("--optimizer", choices=tuple(job.OPTIMIZERS), help=f"default: {default.optimizer}")
-    p.add_argument("--lr", type=float, help=f"default: {', '.join(f'{v[0]} with {k}' for k, v in job.OPTIMIZERS.items())}")
+    p.add_argument("--compare", type=_names, metavar="A,B,...", help="rivals; '' for none")
+    p.add_argument("--epochs", type=int, metavar="N", help=recipes("epochs"))
+    p.add_argument("--batch-size", type=int, metavar="N", help=recipes("batch_size"))
+    p.add_argument("--train-images", type=int, metavar="N", help="the first N; default: all that are not held out")
+    p.add_argument(
+        "--validation",
+        type=int,
+        metavar="N",
+        help=f"training images held out and evaluated after each epoch, the test set once, after the last; default: {job.VALIDATION} of "
+        "CIFAR, else 0, and the test set is evaluated after each epoch",
+    )
+    p.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random crops of the padded image, mirrored or not; default: CIFAR but with mlp and cnn",
+    )
+    p.add_argument("--optimizer", choices=tuple(job.OPTIMIZERS), help=recipes("optimizer"))
+    own = ", ".join(f"{lr} with {name}" for name, (lr, _) in job.OPTIMIZERS.items())
+    p.add_argument("--lr", type=float, help=f"{recipes('lr')}; None, or with another optimizer: {own}")
+    p.add_argument("--weight-decay", type=float, metavar="D", help=recipes("weight_decay"))
+    p.add_argument("--schedule", choices=("constant", "cosine"), help="of lr; cosine rises over the first 20th")
+    p.add_argument("--label-smoothing", type=float, metavar="E", help="default: 0")
+    p.add_argument("--points", choices=("layer", "block"), help="direct feedback to each layer or residual block; default: layer")
     p.add_argument("--noise-std", type=float, metavar="SIGMA", help=f"in units of the activities; default: {default.noise_std}")
     p.add_argument("--noise", choices=("gaussian", "rademacher"), help=f"default: {default.noise}")
     p.add_argument("--seeds", type=_seeds, metavar="K", help="number of seeds, or a list such as 0,3,7; default: 1")
@@ -88,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--antithetic", action="store_true", help="perturb by +xi and -xi")
     p.add_argument("--warmup", type=int, metavar="STEPS", help="first steps in which only B learns")
     p.add_argument("--device", help=f"default: {default.device}")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: bfloat16 on a GPU, but mlp and cnn")
+    p.add_argument("--compile", action="store_true", help="torch.compile; direct feedback")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: 1 for mlp, else torch's choice")
     where = p.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder for the results; default: a new one in runs/")
@@ -108,11 +135,12 @@ def _train(given: dict[str, Any]) -> int:
             if value != was:
                 raise ValueError(f"--resume cannot change {name}: the run in {resume} was started with {was}, got {value}")
     else:
-        settings = job.Settings(**given)
+        settings = job.recipe(**given)
         if out is None:
             out = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.data}-{settings.model}-{settings.feedback}-{settings.rule}"
 
     interrupted = False
+    shown: list[dict[str, Any]] = []
 
     def interrupt(*_: Any) -> None:
         nonlocal interrupted
@@ -125,19 +153,28 @@ def _train(given: dict[str, Any]) -> int:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("reading data", total=None, state="")
 
+            def log(record: dict[str, Any]) -> None:
+                if not shown:
+                    bar.console.print(_line(*COLUMNS))
+                shown.append(record)
+                angles = [p["angle"] for p in record["points"].values() if p["angle"] is not None]
+                numbers = (record["train_loss"], record["train_accuracy"], record["val_accuracy"], record["test_accuracy"])
+                texts = ("-" if v is None else f"{v:.{d}f}" for v, d in zip(numbers, (3, 2, 2, 2), strict=True))
+                angle = f"{sum(angles) / len(angles):.0f}" if angles else "-"
+                bar.console.print(_line(record["method"], record["seed"], record["epoch"], *texts, angle, f"{record['seconds']:.1f}"))
+
             def watch(p: job.Progress) -> bool:
                 if p.done % 20 == 0 or p.done == p.total:  # reading numbers waits for the device
-                    angle = "" if p.angle is None else f"  angle {p.angle:.0f}"
                     bar.update(
                         task,
                         completed=p.done,
                         total=p.total,
                         description=f"{p.method}, epoch {p.epoch}/{settings.epochs}" + f", seed {p.seed}" * (len(settings.seeds) > 1),
-                        state=f"loss {float(p.loss):.3f}  accuracy {float(p.accuracy):.1f}%{angle}",
+                        state=f"loss {float(p.loss):.3f}  accuracy {float(p.accuracy):.1f}%",
                     )
                 return interrupted
 
-            records = job.train(settings, out, checkpoint=state, watch=watch)
+            records = job.train(settings, out, checkpoint=state, watch=watch, log=log)
     except KeyboardInterrupt:
         how = f"continue with: fbkernels train --resume {out}" if (out / "checkpoint.pt").is_file() else "nothing was written yet"
         print(f"interrupted; {how}", file=sys.stderr)
@@ -147,6 +184,10 @@ def _train(given: dict[str, Any]) -> int:
     Console().print(_table(job.summarise(records), settings))
     print(f"metrics.jsonl, summary.json, accuracy.png and angle.png are in {out}")
     return 0
+
+
+def _line(*values: Any) -> str:
+    return "".join(str(v).ljust(15) if i == 0 else str(v).rjust(8) for i, v in enumerate(values))
 
 
 def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:

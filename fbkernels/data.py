@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["NAMES", "Dataset", "load"]
+__all__ = ["NAMES", "Dataset", "crop_and_flip", "draw_crops", "load"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,30 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
         if len(labels) < expected:
             warnings.warn(f"{name} in {paths[0].parent} has {len(labels)} {split} images, {expected} were published", stacklevel=2)
     return _dataset(name, train, test, published.classes, 255)
+
+
+def draw_crops(n: int, generator: torch.Generator) -> torch.Tensor:
+    """int64 [n, 3] for `crop_and_flip`, each uniform and independent: row 0..8, column 0..8, mirrored 0..1."""
+    return torch.cat((torch.randint(9, (n, 2), generator=generator), torch.randint(2, (n, 1), generator=generator)), 1)
+
+
+def crop_and_flip(x: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """The usual augmentation of CIFAR: each image in a frame of 4 black pixels, cut out again, half of them mirrored (He et al. 2016).
+
+    Image n of the result is ``padded[n, :, i : i + H, j : j + W]`` with i, j = crops[n, :2], left and right exchanged where crops[n, 2]
+    is 1: (4, 4, 0) leaves an image as it is. Any dtype and device; the result is channels_last in memory.
+
+    Args:
+        x: [N, C, H, W].
+        crops: of `draw_crops`, on x's device.
+    """
+    height, width = x.shape[2:]
+    columns = torch.arange(width, device=x.device)
+    columns = torch.where(crops[:, 2:] == 1, columns.flip(0), columns) + crops[:, 1:2]
+    rows = torch.arange(height, device=x.device) + crops[:, :1]
+    images = torch.arange(len(x), device=x.device)[:, None, None]
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    return padded[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 _Arrays = tuple[np.ndarray, np.ndarray]

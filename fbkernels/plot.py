@@ -14,7 +14,8 @@ __all__ = ["curves"]
 
 
 def curves(records: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draw ``accuracy.png`` (test accuracy in % against epoch) and ``angle.png`` (degrees against epoch, a panel for each layer) into out.
+    """Draw ``accuracy.png`` and ``angle.png`` into out, against epoch: accuracy in %, on the validation images where there are any, and
+    degrees, a panel for each layer.
 
     All methods share each picture; a line is the mean over seeds, its band the standard error.
 
@@ -23,24 +24,29 @@ def curves(records: Sequence[dict[str, Any]], out: Path) -> None:
     """
     methods = list(dict.fromkeys(r["method"] for r in records))
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="test accuracy (%)")
+    split = "validation" if any(r.get("val_accuracy") is not None for r in records) else "test"
+    key = f"{split.removesuffix('idation')}_accuracy"
+    axes = figure.add_subplot(xlabel="epoch", ylabel=f"{split} accuracy (%)")
     for i, method in enumerate(methods):
-        _line(axes, method, f"C{i}", [(r["seed"], r["epoch"], r["test_accuracy"]) for r in records if r["method"] == method])
+        _line(axes, method, f"C{i}", [(r["seed"], r["epoch"], r[key]) for r in records if r["method"] == method])
     axes.legend()
     figure.savefig(out / "accuracy.png", dpi=150)
 
     points = list(dict.fromkeys(name for r in records for name in r["points"]))
-    figure = Figure(figsize=(1 + 3 * max(len(points), 1), 3.5), layout="constrained")
-    panels = figure.subplots(1, max(len(points), 1), sharey=True, squeeze=False)[0]
+    columns, rows = min(max(len(points), 1), 6), max(-(-len(points) // 6), 1)
+    figure = Figure(figsize=(1 + 3 * columns, 0.5 + 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(points) :]:
+        axes.set_axis_off()
     for axes, point in zip(panels, points, strict=False):
         for i, method in enumerate(methods):
-            rows = [(r["seed"], r["epoch"], r["points"][point]["angle"]) for r in records if r["method"] == method and r["points"]]
-            _line(axes, method, f"C{i}", rows)
+            own = [r for r in records if r["method"] == method and point in r["points"]]
+            _line(axes, method, f"C{i}", [(r["seed"], r["epoch"], r["points"][point]["angle"]) for r in own])
         axes.axhline(90, color="gray", linewidth=0.8, linestyle=":")
         axes.set(title=point, xlabel="epoch", ylim=(0, None))
     panels[0].set_ylabel("angle to backprop (degrees)")
     if points:
-        panels[-1].legend()
+        panels[len(points) - 1].legend()
     figure.savefig(out / "angle.png", dpi=150)
 
 

@@ -23,14 +23,28 @@ import torch
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels._check import integer, one_of, positive
-from fbkernels.data import NAMES, Dataset, load
-from fbkernels.models import MODELS
+from fbkernels._check import in_interval, integer, one_of, positive
+from fbkernels.data import NAMES, crop_and_flip, draw_crops, load
+from fbkernels.models import MODELS, direct_points
 from fbkernels.plot import curves
 
-__all__ = ["METHODS", "Progress", "Settings", "build", "load_checkpoint", "summarise", "train", "versions"]
+__all__ = [
+    "METHODS",
+    "RECIPES",
+    "Progress",
+    "Settings",
+    "build",
+    "hardware",
+    "load_checkpoint",
+    "lr_factor",
+    "recipe",
+    "summarise",
+    "train",
+    "versions",
+]
 
-HELD_OUT = 128  # the last images of the training set: never trained on, the batch that angles are measured on
+HELD_OUT = 128  # images never trained on, the batch that angles are measured on: the last of the training set, or validation images
+VALIDATION = 5000  # of CIFAR's 50,000 training images
 
 RULES: dict[str, Callable[..., fb.Rule]] = {
     "ridge": fb.Ridge,
@@ -51,16 +65,41 @@ METHODS = (*RULES, "backprop", "fa", "dfa")
 OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
     "adam": (1e-3, torch.optim.AdamW),  # with weight_decay=0 it is Adam
     "sgd": (0.05, torch.optim.SGD),
+    "momentum": (0.05, partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+}
+_CIFAR = {"batch_size": 128, "schedule": "cosine", "augment": True, "dtype": "bfloat16"}
+_RESIDUAL = {**_CIFAR, "optimizer": "momentum", "lr": 0.1, "weight_decay": 5e-4, "feedback": "layerwise", "rule": "weight-mirror"}
+# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, augment with
+# CIFAR, bfloat16 with a GPU
+RECIPES: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "cnn": {},
+    "paper_cnn": {
+        **_CIFAR,
+        "epochs": 60,
+        "lr": 3e-4,
+        "feedback": "direct",
+        "rule": "joint",
+        "compare": ("backprop", "dfa"),
+    },
+    "resnet20": {**_RESIDUAL, "epochs": 100},
+    "resnet18": {**_RESIDUAL, "epochs": 60},
+    "wrn16_4": {**_RESIDUAL, "epochs": 100},
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a job computes; equal settings give equal numbers.
+    """What a job computes; equal settings give equal numbers. ``recipe`` makes those that suit a model.
 
-    ``rule`` and each of ``compare`` name a method: a rule with the job's ``feedback``, "fa" (Fixed, layerwise), "dfa" (Fixed, direct)
-    or "backprop" (the plain model under plain autograd). "joint" is signal "output" in direct and "loss" in layerwise. ``rule_args``
-    are arguments of ``rule`` alone; the rivals have their defaults. "kolen-pollack" makes the optimiser decay W by the rule's decay.
+    ``rule`` and each of ``compare`` name a method: a rule with the job's ``feedback`` (rivals that do not come with that: with the other),
+    "fa" (Fixed, layerwise), "dfa" (Fixed, direct) or "backprop" (the plain model under plain autograd). "joint" is signal "output" in
+    direct and "loss" in layerwise. ``rule_args`` are arguments of ``rule`` alone; the rivals have their defaults. "kolen-pollack" makes
+    the optimiser decay W by the rule's decay.
+
+    ``validation`` images, the same for every seed, are taken out of the training set and evaluated after each epoch, and the test set is
+    read once, after the last; with 0 the test set is evaluated after each epoch. ``points`` "block" is one feedback point for each
+    residual block, of direct feedback; layerwise rivals have theirs at each layer.
 
     Raises:
         ValueError, TypeError: a value that is not of the form above; the message names it.
@@ -75,9 +114,15 @@ class Settings:
     compare: tuple[str, ...] = ("backprop", "fa")
     epochs: int = 20
     batch_size: int = 64
-    train_images: int | None = None  # the first so many; None: all but the held-out batch
+    train_images: int | None = None  # the first so many; None: all that are not held out
+    validation: int = 0
+    augment: bool = False  # data.crop_and_flip
     optimizer: str = "adam"
     lr: float | None = None  # None: the optimiser's in OPTIMIZERS
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # or "cosine", see lr_factor
+    label_smoothing: float = 0.0
+    points: str = "layer"  # or "block"
     noise_std: float = 0.05
     noise: str = "gaussian"
     seeds: tuple[int, ...] = (0,)
@@ -86,12 +131,20 @@ class Settings:
     antithetic: bool = False
     warmup: int = 0  # steps; rivals without a B to learn start at once
     device: str = "cpu"
+    dtype: str = "float32"  # or "bfloat16": autocast
+    compile: bool = False  # torch.compile; direct feedback and backprop
     threads: int | None = None  # None: one for mlp, which is too small to share between cores, else torch's own choice
 
     def __post_init__(self) -> None:
         one_of("data", self.data, NAMES)
         one_of("model", self.model, MODELS)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("schedule", self.schedule, ("constant", "cosine"))
+        one_of("points", self.points, ("layer", "block"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        in_interval("label_smoothing", self.label_smoothing, 0, 1, open_high=True)
+        in_interval("weight_decay", self.weight_decay, 0, 1)
+        integer("validation", self.validation, 0)
         for name, methods in (("rule", (self.rule,)), ("compare", self.compare)):
             for method in methods:
                 one_of(name, method, METHODS)
@@ -101,6 +154,10 @@ class Settings:
                 raise ValueError(f"rule_args: {self.rule} has no argument {name!r}, it has {', '.join(known) or 'none'}")
         for name in ("epochs", "batch_size", *(("train_images",) if self.train_images is not None else ())):
             integer(name, getattr(self, name), 1)
+        if "kolen-pollack" in self.methods and (self.optimizer == "momentum" or self.schedule != "constant"):
+            raise ValueError("kolen-pollack needs a decay of W that is B's in each step: optimizer adam or sgd, schedule constant")
+        if self.points == "block" and self.feedback == "layerwise":
+            raise ValueError("points must be 'layer' with layerwise feedback, got 'block'")
         if self.threads is not None:
             integer("threads", self.threads, 1, 4096)
         if self.lr is not None:
@@ -120,9 +177,34 @@ class Settings:
         return tuple(dict.fromkeys((self.rule, *self.compare)))
 
 
+def recipe(**given: Any) -> Settings:
+    """The settings given, and for the rest what suits the model (``RECIPES``), the data and the device.
+
+    Raises:
+        ValueError, TypeError: as Settings.
+    """
+    s = Settings(**{k: v for k, v in given.items() if k in ("data", "model", "device")})
+    cifar = s.data in ("cifar10", "cifar100")
+    own = Settings(**RECIPES[s.model])
+    drop = {"augment"} if not cifar else set()
+    drop |= {"dtype"} if not s.device.startswith("cuda") else set()
+    drop |= {"lr", "weight_decay"} if given.get("optimizer", own.optimizer) != own.optimizer else set()
+    drop |= {"rule_args"} if given.get("rule", own.rule) != own.rule else set()
+    defaults = {k: v for k, v in RECIPES[s.model].items() if k not in drop}
+    return Settings(**{"validation": VALIDATION if cifar else 0, **defaults, **given})
+
+
+def lr_factor(schedule: str, step: int, steps: int) -> float:
+    """What the learning rate is multiplied by in step 0 .. steps - 1: with "cosine" it rises linearly over the first twentieth, then falls
+    to 0 as half a cosine."""
+    if schedule == "constant":
+        return 1.0
+    rise = -(-steps // 20)
+    return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
 class Progress(NamedTuple):
-    """What ``watch`` sees after a step. loss: of the batch; accuracy: in % on the epoch's batches so far; angle: degrees, the mean over
-    the layers at the end of the epoch before."""
+    """What ``watch`` sees after a step. loss: of the batch; accuracy: in % on the epoch's batches so far."""
 
     method: str
     seed: int
@@ -131,42 +213,54 @@ class Progress(NamedTuple):
     total: int
     loss: Tensor
     accuracy: Tensor
-    angle: float | None
 
 
 class _Images:
     """A data set on the device, standardised per channel by the moments of the images that are trained on."""
 
     def __init__(self, s: Settings) -> None:
-        self.set: Dataset = load(s.data, s.data_dir)
-        available = len(self.set.train_y) - HELD_OUT
+        data = load(s.data, s.data_dir)
+        total = len(data.train_y)
+        available = total - (s.validation or HELD_OUT)
+        if available < 1:
+            raise ValueError(f"validation must be less than {total}, the training images of {s.data}, got {s.validation}")
         self.n = available if s.train_images is None else s.train_images
         if not 1 <= self.n <= available:
             raise ValueError(
-                f"train_images must be 1 to {available}, all of {s.data} but {HELD_OUT} held out to measure angles, got {s.train_images}"
+                f"train_images must be 1 to {available}, all of {s.data} but {total - available} held out "
+                f"{'for validation' if s.validation else 'to measure angles'}, got {s.train_images}"
             )
-        _, channels, height, width = self.set.train_x.shape
+        rows = torch.randperm(total, generator=torch.Generator().manual_seed(0)) if s.validation else torch.arange(total)
+        rows, held = rows[:available].sort().values[: self.n], rows[available:]
+        self.to_float, self.classes = data.to_float, data.classes
+        _, channels, height, width = data.train_x.shape
         self.shape = channels, height, width
         moments = torch.zeros(2, channels, dtype=torch.float64)
-        for part in self.set.train_x[: self.n].split(1000):
-            x = self.set.to_float(part).double()
+        for part in rows.split(1000):
+            x = data.to_float(data.train_x[part]).double()
             moments += torch.stack((x.sum((0, 2, 3)), x.square().sum((0, 2, 3))))
         mean, square = moments / (self.n * height * width)
         std = (square - mean.square()).clamp_min(1e-12).sqrt()
         self.mean, self.std = (v.float().view(-1, 1, 1).to(s.device) for v in (mean, std))
-        self.train = self.set.train_x.to(s.device), self.set.train_y.to(s.device)
-        self.test = self.set.test_x.to(s.device), self.set.test_y.to(s.device)
+        self.format = torch.contiguous_format if s.model == "mlp" else torch.channels_last
+        self.augment = s.augment
+        self.train, self.held, self.test = (
+            (x.to(s.device), y.to(s.device))
+            for x, y in ((data.train_x[rows], data.train_y[rows]), (data.train_x[held], data.train_y[held]), (data.test_x, data.test_y))
+        )
 
-    def batch(self, split: tuple[Tensor, Tensor], rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        return (self.set.to_float(split[0][rows]) - self.mean) / self.std, split[1][rows]
+    def batch(self, split: tuple[Tensor, Tensor], rows: Tensor | slice, crops: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = split[0][rows]
+        x = x if crops is None else crop_and_flip(x, crops)
+        return ((self.to_float(x) - self.mean) / self.std).contiguous(memory_format=self.format), split[1][rows]
 
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        return self.batch(self.train, slice(-HELD_OUT, None))
-
-    def order(self, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
-        """The batches of an epoch, as indices: a function of (seed, epoch) alone."""
+    def epoch(self, seed: int, epoch: int, batch_size: int) -> list[tuple[Tensor, Tensor | None]]:
+        """The batches of an epoch, as indices and crops: a function of (seed, epoch) alone."""
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        return list(torch.randperm(self.n, generator=generator).to(self.mean.device).split(batch_size))
+        device = self.mean.device
+        rows = torch.randperm(self.n, generator=generator).to(device).split(batch_size)
+        crops = draw_crops(self.n, generator).to(device).split(batch_size) if self.augment else [None] * len(rows)
+        return list(zip(rows, crops, strict=True))
 
 
 def build(
@@ -175,22 +269,31 @@ def build(
     """A method's network, its loss and its optimiser; initial weights depend on the seed alone.
 
     Raises:
-        ValueError: the rule cannot have this feedback structure.
+        ValueError: the rule cannot have this feedback structure, or the network no points for each block.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: nn.Module = MODELS[s.model](shape, classes).to(s.device)
-    criterion: nn.Module = nn.CrossEntropyLoss()
+    if s.model != "mlp":
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
+    criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
     lr, optimizer = OPTIMIZERS[s.optimizer]
     lr = s.lr or lr
-    decay = 0.0
+    decay = s.weight_decay
     if method != "backprop":
         make = RULES["fixed" if method in ("fa", "dfa") else method]
         feedback = {"fa": "layerwise", "dfa": "direct"}.get(method, s.feedback)
         if method == "joint":
             make = partial(make, signal="output" if feedback == "direct" else "loss")
         rule = make(**s.rule_args) if method == s.rule else make()
-        decay = rule.decay if isinstance(rule, fb.KolenPollack) else 0.0
+        if method != s.rule and feedback not in rule.structures:
+            (feedback,) = rule.structures
+        if s.compile and feedback == "layerwise":
+            raise ValueError(f"compile: layerwise feedback cannot be compiled, and {method} has that")
+        decay = rule.decay / lr if isinstance(rule, fb.KolenPollack) else decay
+        points = direct_points(net, s.points) if feedback == "direct" else None
+        if feedback == "direct" and s.points == "block" and points is None:
+            raise ValueError(f"points must be 'layer' with {s.model}, which has no residual blocks, got 'block'")
         net = fb.convert(
             net,
             feedback=feedback,
@@ -198,13 +301,14 @@ def build(
             noise_std=s.noise_std,
             noise=s.noise,
             seed=seed,
+            points=points,
             every=s.every,
             fraction=s.fraction,
             antithetic=s.antithetic,
             warmup=s.warmup if rule.adapts else 0,
         )
         criterion = fb.PerturbedLoss(criterion, net)
-    return net, criterion, optimizer(net.parameters(), lr=lr, weight_decay=decay / lr)
+    return net, criterion, optimizer(net.parameters(), lr=lr, weight_decay=decay)
 
 
 def train(
@@ -213,6 +317,7 @@ def train(
     *,
     checkpoint: dict[str, Any] | None = None,
     watch: Callable[[Progress], bool | None] = lambda _: None,
+    log: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Run the job, or the rest of it, and write its results into the folder ``out``.
 
@@ -223,6 +328,7 @@ def train(
     Args:
         checkpoint: of ``load_checkpoint(out)``, to continue from.
         watch: called after each step; if it returns True the job saves a checkpoint and raises KeyboardInterrupt.
+        log: called with each new record.
 
     Raises:
         ValueError, OSError: bad settings, missing or foreign data files, an ``out`` that is not empty; before anything is written.
@@ -233,13 +339,14 @@ def train(
         raise ValueError(f"out: {folder} is not an empty folder; name another, or continue the run there with --resume {folder}")
     data = _Images(settings)
     for method in settings.methods:  # what is impossible fails before anything is written
-        build(settings, method, 0, data.shape, data.set.classes)
+        build(settings, method, 0, data.shape, data.classes)
     folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else threads))
     try:
-        records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch)
-        summary = {"settings": asdict(settings), "versions": versions(), "hardware": _hardware(settings), "results": summarise(records)}
+        with torch.random.fork_rng([settings.device] if settings.device.startswith("cuda") else []):
+            records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch, log)
+        summary = {"settings": asdict(settings), "versions": versions(), "hardware": hardware(settings), "results": summarise(records)}
     finally:
         torch.set_num_threads(threads)
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -248,7 +355,12 @@ def train(
 
 
 def _run(
-    settings: Settings, data: _Images, folder: Path, at: dict[str, Any], watch: Callable[[Progress], bool | None]
+    settings: Settings,
+    data: _Images,
+    folder: Path,
+    at: dict[str, Any],
+    watch: Callable[[Progress], bool | None],
+    log: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """The rest of the job from the checkpoint ``at``; returns the records."""
     runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
@@ -263,21 +375,33 @@ def _run(
     if not (folder / "checkpoint.pt").exists():
         save(0, 0, 0)
     for run, (seed, method) in list(enumerate(runs))[at["run"] :]:
-        net, criterion, optimizer = build(settings, method, seed, data.shape, data.set.classes)
+        net, criterion, optimizer = build(settings, method, seed, data.shape, data.classes)
+        base_lr = optimizer.param_groups[0]["lr"]
+
+        def forward(x: Tensor, y: Tensor, net: nn.Module = net, criterion: nn.Module = criterion) -> tuple[Tensor, Tensor]:
+            with _autocast(settings):
+                logits = net(x)
+                return criterion(logits, y), logits.detach()
+
+        if settings.compile:
+            torch.compiler.reset()  # Dynamo compiles one function for a few networks only
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         resumed = run == at["run"] and "net" in at
         if resumed:
             net.load_state_dict(at["net"])
             optimizer.load_state_dict(at["optimizer"])
-        angle = None
         for epoch in range(at["epoch"] if resumed else 0, settings.epochs):
             inside = resumed and epoch == at["epoch"]
             first = at["step"] if inside else 0
             totals = at["totals"].to(settings.device) if inside else torch.zeros(3, dtype=torch.float64, device=settings.device)
             seconds, start = at["seconds"] if inside else 0.0, time.perf_counter()
-            for step, rows in list(enumerate(data.order(seed, epoch, settings.batch_size)))[first:]:
-                x, y = data.batch(data.train, rows)
-                logits = net(x)
-                loss = criterion(logits, y)
+            for step, (rows, crops) in list(enumerate(data.epoch(seed, epoch, settings.batch_size)))[first:]:
+                x, y = data.batch(data.train, rows, crops)
+                t = epoch * steps + step
+                torch.manual_seed(seed * 1_000_003 + t)  # dropout
+                for group in optimizer.param_groups:
+                    group["lr"] = base_lr * lr_factor(settings.schedule, t, settings.epochs * steps)
+                loss, logits = forward(x, y)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -285,31 +409,38 @@ def _run(
                     totals += torch.stack((loss.double() * len(y), (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))))
                 done = (run * settings.epochs + epoch) * steps + step + 1
                 accuracy = 100 * totals[1] / totals[2]
-                if watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy, angle)):
+                if watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy)):
                     seconds += time.perf_counter() - start
                     save(run, epoch, step + 1, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=seconds)
                     raise KeyboardInterrupt
             train_loss, correct, _ = (totals / data.n).tolist()  # waits for the device
             seconds += time.perf_counter() - start
-            test_loss, test_accuracy = _evaluate(net, data)
-            diverged = not math.isfinite(train_loss + test_loss)
-            points = {} if method == "backprop" or diverged else fb.metrics.alignment(net, criterion, *data.held_out())
+            nothing = None, None
+            val_loss, val_accuracy = _evaluate(settings, net, data, data.held) if settings.validation else nothing
+            read = not settings.validation or epoch + 1 == settings.epochs
+            test_loss, test_accuracy = _evaluate(settings, net, data, data.test) if read else nothing
+            diverged = not all(map(math.isfinite, (train_loss, val_loss or 0.0, test_loss or 0.0)))
+            probe = data.batch(data.held, slice(HELD_OUT))
+            torch.manual_seed(seed)
+            points = {} if method == "backprop" or diverged else fb.metrics.alignment(net, criterion, *probe)
             record = {
                 "method": method,
                 "seed": seed,
                 "epoch": epoch + 1,
                 "train_loss": _number(train_loss),
                 "train_accuracy": 100 * correct,
+                "val_loss": _number(val_loss),
+                "val_accuracy": val_accuracy,
                 "test_loss": _number(test_loss),
                 "test_accuracy": test_accuracy,
                 "points": {name: {k: _number(p[k]) for k in ("angle", "update_angle")} for name, p in points.items()},
                 "seconds": seconds,
                 "images_per_second": data.n / seconds,
             }
-            angle = _mean([p["angle"] for p in record["points"].values()])
             records.append(record)
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
+            log(record)
             totals = torch.zeros_like(totals)
             save(run, epoch + 1, 0, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=0.0)
         _save(folder / f"{method}-{seed}.pt", net.state_dict())
@@ -337,7 +468,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Settings, dict[str,
 def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Method -> quantity -> final (last epoch) and best (over epochs) value, each a mean and a standard error over seeds (None for one).
 
-    Angles are final ones, by layer. The best epoch is picked on the test set: compare methods by the final one.
+    Angles are final ones, by layer. Where there is no validation set, best is picked on the test set: compare methods by the final value.
     """
     results: dict[str, dict[str, Any]] = {}
     for method in dict.fromkeys(r["method"] for r in records):
@@ -347,7 +478,8 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 runs.setdefault(r["seed"], []).append(r)
         last = [rs[-1] for rs in runs.values()]
         row: dict[str, Any] = {"seeds": list(runs)}
-        for key, best in (("test_accuracy", max), ("train_accuracy", max), ("train_loss", min), ("test_loss", min)):
+        for key in ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss", "val_loss", "test_loss"):
+            best = max if key.endswith("accuracy") else min
             bests = [best((r[key] for r in rs if r[key] is not None), default=None) for rs in runs.values()]
             row[key] = {"final": _spread([r[key] for r in last]), "best": _spread(bests)}
         for key in ("angle", "update_angle"):
@@ -363,7 +495,8 @@ def versions() -> dict[str, str]:
     return {"fbkernels": fb.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def _hardware(s: Settings) -> dict[str, Any]:
+def hardware(s: Settings) -> dict[str, Any]:
+    """What a job's times depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -373,14 +506,18 @@ def _hardware(s: Settings) -> dict[str, Any]:
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": device}
 
 
-def _evaluate(net: nn.Module, data: _Images) -> tuple[float, float]:
-    """Loss and accuracy in % on the test set."""
-    n = len(data.test[1])
+def _autocast(s: Settings) -> torch.autocast:
+    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.dtype == "bfloat16")
+
+
+def _evaluate(s: Settings, net: nn.Module, data: _Images, split: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Loss and accuracy in % on the validation or the test set."""
+    n = len(split[1])
     totals = torch.zeros(2, dtype=torch.float64, device=data.mean.device)
     net.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _autocast(s):
         for i in range(0, n, 500):
-            x, y = data.batch(data.test, slice(i, i + 500))
+            x, y = data.batch(split, slice(i, i + 500))
             logits = net(x)
             totals += torch.stack((nn.functional.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()))
     net.train()
@@ -388,9 +525,9 @@ def _evaluate(net: nn.Module, data: _Images) -> tuple[float, float]:
     return loss, 100 * correct
 
 
-def _number(x: float) -> float | None:
+def _number(x: float | None) -> float | None:
     """JSON has no nan."""
-    return x if math.isfinite(x) else None
+    return x if x is not None and math.isfinite(x) else None
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -176,7 +176,6 @@ def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
         (["--data", "imagenet"], r"argument --data: invalid choice: 'imagenet'"),
         (["--rule", "weight-mirror", "--feedback", "direct"], r"feedback must be 'layerwise' with WeightMirror\(.*\), got 'direct'"),
         (["--rule", "joint-output"], r"feedback must be 'direct' with Joint\(.*\), got 'layerwise'"),
-        (["--compare", "joint-output"], r"feedback must be 'direct' with Joint"),
         (["--rule-arg", "delta=1"], r"rule_args: ridge has no argument 'delta', it has gamma, forgetting"),
         (["--rule-arg", "gamma=-1"], r"gamma must be a finite number > 0, got -1.0"),
         (["--rule-arg", "gamma"], r"argument --rule-arg: expected NAME=NUMBER, got 'gamma'"),
