@@ -105,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--schedule", choices=("constant", "cosine"), help="of lr; cosine rises over the first 20th")
     p.add_argument("--label-smoothing", type=float, metavar="E", help="default: 0")
     p.add_argument("--points", choices=("layer", "block"), help="direct feedback to each layer or residual block; default: layer")
+    p.add_argument(
+        "--share",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        metavar="S",
+        help="direct feedback: S x S units of a map, or 'channel', have one noise and one row of B; default: 4 for ResNets, else 1",
+    )
     p.add_argument("--noise-std", type=float, metavar="SIGMA", help=f"in units of the activities; default: {default.noise_std}")
     p.add_argument("--noise", choices=("gaussian", "rademacher"), help=f"default: {default.noise}")
     p.add_argument("--seeds", type=_seeds, metavar="K", help="number of seeds, or a list such as 0,3,7; default: 1")

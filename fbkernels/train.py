@@ -68,9 +68,17 @@ OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
     "momentum": (0.05, partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
 }
 _CIFAR = {"batch_size": 128, "schedule": "cosine", "augment": True, "dtype": "bfloat16"}
-_RESIDUAL = {**_CIFAR, "optimizer": "momentum", "lr": 0.1, "weight_decay": 5e-4, "feedback": "layerwise", "rule": "weight-mirror"}
-# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, augment with
-# CIFAR, bfloat16 with a GPU
+_RESIDUAL = {
+    **_CIFAR,
+    "optimizer": "momentum",
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "feedback": "layerwise",
+    "rule": "weight-mirror",
+    "share": 4,
+}
+# where a model's settings are not those of Settings; lr and weight_decay go with the optimiser, rule_args with the rule, share with direct
+# feedback, augment with CIFAR, bfloat16 with a GPU
 RECIPES: dict[str, dict[str, Any]] = {
     "mlp": {},
     "cnn": {},
@@ -99,7 +107,7 @@ class Settings:
 
     ``validation`` images, the same for every seed, are taken out of the training set and evaluated after each epoch, and the test set is
     read once, after the last; with 0 the test set is evaluated after each epoch. ``points`` "block" is one feedback point for each
-    residual block, of direct feedback; layerwise rivals have theirs at each layer.
+    residual block, and ``share`` is convert's; both are of direct feedback, layerwise rivals have points at each layer and share nothing.
 
     Raises:
         ValueError, TypeError: a value that is not of the form above; the message names it.
@@ -123,6 +131,7 @@ class Settings:
     schedule: str = "constant"  # or "cosine", see lr_factor
     label_smoothing: float = 0.0
     points: str = "layer"  # or "block"
+    share: int | str = 1
     noise_std: float = 0.05
     noise: str = "gaussian"
     seeds: tuple[int, ...] = (0,)
@@ -156,8 +165,8 @@ class Settings:
             integer(name, getattr(self, name), 1)
         if "kolen-pollack" in self.methods and (self.optimizer == "momentum" or self.schedule != "constant"):
             raise ValueError("kolen-pollack needs a decay of W that is B's in each step: optimizer adam or sgd, schedule constant")
-        if self.points == "block" and self.feedback == "layerwise":
-            raise ValueError("points must be 'layer' with layerwise feedback, got 'block'")
+        if self.feedback == "layerwise" and (self.points, self.share) != ("layer", 1):
+            raise ValueError(f"points must be 'layer' and share 1 with layerwise feedback, got {self.points!r} and {self.share!r}")
         if self.threads is not None:
             integer("threads", self.threads, 1, 4096)
         if self.lr is not None:
@@ -185,10 +194,11 @@ def recipe(**given: Any) -> Settings:
     """
     s = Settings(**{k: v for k, v in given.items() if k in ("data", "model", "device")})
     cifar = s.data in ("cifar10", "cifar100")
-    own = Settings(**RECIPES[s.model])
+    own = Settings(**RECIPES[s.model] | {"share": 1})
     drop = {"augment"} if not cifar else set()
     drop |= {"dtype"} if not s.device.startswith("cuda") else set()
     drop |= {"lr", "weight_decay"} if given.get("optimizer", own.optimizer) != own.optimizer else set()
+    drop |= {"share"} if given.get("feedback", own.feedback) == "layerwise" else set()
     drop |= {"rule_args"} if given.get("rule", own.rule) != own.rule else set()
     defaults = {k: v for k, v in RECIPES[s.model].items() if k not in drop}
     return Settings(**{"validation": VALIDATION if cifar else 0, **defaults, **given})
@@ -302,6 +312,7 @@ def build(
             noise=s.noise,
             seed=seed,
             points=points,
+            share=s.share if feedback == "direct" else 1,
             every=s.every,
             fraction=s.fraction,
             antithetic=s.antithetic,

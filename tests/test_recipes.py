@@ -51,7 +51,8 @@ def test_every_model_has_a_recipe_that_converts(cifar: str) -> None:
         assert s.validation == 5000
         assert s.augment == (model not in ("mlp", "cnn"))
         assert s.dtype == "float32"
-        assert {k: v for k, v in job.RECIPES[model].items() if getattr(s, k) != v} == ({"dtype": "bfloat16"} if s.augment else {})
+        dropped = {"dtype"} & job.RECIPES[model].keys() | ({"share"} & job.RECIPES[model].keys())
+        assert {k for k, v in job.RECIPES[model].items() if getattr(s, k) != v} == dropped
         for method in s.methods if s.augment else ():
             net, criterion, optimizer = job.build(s, method, 0, (3, 32, 32), 100)
             criterion(net(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
@@ -66,6 +67,9 @@ def test_what_is_given_comes_first() -> None:
     assert (s.lr, s.weight_decay, s.epochs, s.augment, s.validation, s.batch_size) == (None, 0.0, 3, False, 7, plain.batch_size)
     assert job.recipe(model="resnet20", optimizer="adam", lr=0.5).lr == 0.5
     assert job.recipe() == job.Settings()
+    s = job.recipe(model="resnet20", feedback="direct", rule="joint")
+    assert (s.share, job.build(s, "joint", 0, (1, 8, 8), 10)[0].feedback.share) == (4, 4)
+    assert job.build(s, "weight-mirror", 0, (1, 8, 8), 10)[0].feedback.share == 1
     s = job.recipe(model="resnet20")  # digits
     assert (s.augment, s.validation) == (False, 0)
 
@@ -194,7 +198,9 @@ def test_points_for_residual_blocks() -> None:
     ("options", "message"),
     [
         ({"model": "paper_cnn", "points": "block"}, "points must be 'layer' with paper_cnn, which has no residual blocks, got 'block'"),
-        ({"model": "resnet20", "points": "block"}, "points must be 'layer' with layerwise feedback, got 'block'"),
+        ({"model": "resnet20", "points": "block"}, "points must be 'layer' and share 1 with layerwise feedback, got 'block' and 1"),
+        ({"model": "resnet20", "share": 4}, "points must be 'layer' and share 1 with layerwise feedback, got 'layer' and 4"),
+        ({"model": "paper_cnn", "share": 0}, r"share must be an integer in \[1, .*\], got 0"),
         ({"model": "resnet20", "compile": True}, "compile: layerwise feedback cannot be compiled, and weight-mirror has that"),
         ({"model": "resnet20", "compare": ("kolen-pollack",)}, "kolen-pollack needs .*: optimizer adam or sgd, schedule constant"),
         ({"validation": 100}, "validation must be less than 100, the training images of cifar10, got 100"),
