@@ -20,6 +20,7 @@ from fbkernels import ops
 from fbkernels._check import boolean, in_interval, integer, one_of, positive
 from fbkernels.feedback import Feedback
 from fbkernels.loss import PerturbedLoss, owner_of, unwrap
+from fbkernels.nn import SyncBatchNorm
 from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
 
@@ -109,6 +110,9 @@ def convert(
         share=_WHOLE if share == "channel" else int(share),
     )
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for module in net.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm
     owner.to(device)
     if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
         raise ValueError("model has an attribute 'feedback', the name fbkernels needs: rename it")
@@ -193,6 +197,8 @@ def revert(net: nn.Module) -> nn.Module:
     model = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers()) if id(t) not in owned})
     del model.__dict__["feedback"]
     for module in list(model.modules()):
+        if type(module) is SyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), own)]:
                 del hooks[key]

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fbkernels import ops
 from fbkernels.autograd import Deliver
 from fbkernels.feedback import Feedback
+from fbkernels.processes import Processes, several
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -136,12 +137,15 @@ class PerturbedLoss(nn.Module):
 
     def __init__(self, criterion: Callable[..., Tensor], net: nn.Module) -> None:
         super().__init__()
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RuntimeError("learned feedback runs in one process: between several, B and its statistics would drift apart")
         self.criterion = criterion
         self.per_sample = PerSample(criterion)
         self._anchor = torch.zeros((), requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
         self._net = (unwrap(net),)  # a tuple: the loss does not own the network's parameters
+        group, owner = getattr(net, "process_group", None), owner_of(net)
+        if not several(group):
+            owner.processes = None
+        elif owner.processes is None or owner.processes.group is not (group or torch.distributed.group.WORLD):
+            owner.processes = Processes(group, owner.step.device)
 
     def forward(self, logits: Tensor, target: Any) -> Tensor:
         root = self._net[0]
@@ -149,7 +153,9 @@ class PerturbedLoss(nn.Module):
         assert isinstance(net, Feedback)
         if not root.training:
             return self.criterion(logits, target)
-        if net.logits is None or logits is not net.logits:
+        if net.processes is None and not torch.compiler.is_compiling() and several():
+            raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
+        if net.logits is None or not _same(logits, net.logits):
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of the network's last training forward; a loss of several parts is one "
                 "criterion, and mixup mixes the targets instead of the losses"
@@ -172,6 +178,12 @@ class PerturbedLoss(nn.Module):
             net.advance()
         net.warn()
         return self.per_sample.reduce(out)
+
+
+def _same(logits: Tensor, own: Tensor) -> bool:
+    """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
+    copied = type(logits.grad_fn).__name__ == "_DDPSinkBackward" and logits.grad_fn is not None
+    return logits is own or (copied and logits.grad_fn.next_functions[0][0] is own.grad_fn)  # type: ignore[union-attr]
 
 
 def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Norm:
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+    group: Any = None  # of the processes whose batch it is, where that is more than one
 
     def fits(self, dtype: torch.dtype, channels: int, values: int) -> bool:
         """Whether a block runs it behind a layer with so many values a channel; the rest is torch's to run or to refuse."""
@@ -104,6 +106,35 @@ def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
     means, variances = (t.view(-1, z.shape[1]) for t in torch.batch_norm_update_stats(rows[:, :, None, None], none, none, 0.0))
     between, mean = torch.var_mean(means, 0, correction=0)
     return mean, variances.mean(0) + between
+
+
+class Sum(torch.autograd.Function):
+    """Over the processes of a group, forward and back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        t = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(t, group=group)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return Sum.apply(g, ctx.group), None
+
+
+def _global_moments(x: Tensor, norm: Norm, running: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel over the batch of all processes, differentiable; the running ones are updated."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    others, column = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
+    mean, n = Sum.apply(torch.cat((x.sum(others), x.new_tensor([x.numel() / x.shape[1]]))), norm.group).tensor_split([-1])
+    mean = mean / n
+    var = Sum.apply((x - mean.view(column)).square().sum(others), norm.group) / n
+    with torch.no_grad():
+        for t, new in zip(running, (mean, var * (n / (n - 1))), strict=True):
+            if t is not None:
+                t.copy_(t.to(new.dtype).lerp(new, norm.momentum))
+    return mean, var
 
 
 @dataclass(frozen=True)
@@ -227,7 +258,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
     """Put off a layer, or what follows it up to its point, where the point can run it in its one pass."""
     if func is F.batch_norm:
         # not behind a layer, or in a graph of Dynamo's, which traces no running statistics written inside an autograd.Function
-        if s.deferred is None or s.deferred.parts or torch.compiler.is_compiling():
+        if s.deferred is None or s.deferred.parts or torch.compiler.is_compiling() or s.net.group is not None:
             return None
         func, args, kwargs = Norm(*args, **kwargs), (), {}
     call = (func, name, args, kwargs)
@@ -309,7 +340,7 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):
-        return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
+        return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs, group=net.group))
     if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
         entry = net.entry(args[0], args[1] if len(args) > 1 else kwargs["weight"])
         if entry is not None:
@@ -428,12 +459,21 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
 def _batch_norm(s: Streams, norm: Norm) -> Streams:
     constant = s.net.constant if s.net.warming else _same
     running, weight, bias = norm.running(), norm.weight, norm.bias
-    clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
+    if norm.group is not None:
+        mean, var = _global_moments(s.clean, norm, running)
+        column = (-1, *[1] * (s.clean.ndim - 2))
+        rstd = (var + norm.eps).rsqrt()
+        gain = rstd if weight is None else constant(weight) * rstd
+        clean = (s.clean - mean.view(column)) * gain.view(column)
+        clean = (clean if bias is None else clean + constant(bias).view(column)).to(s.clean.dtype)
+    else:
+        clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
     if s.net.running and s.perturbed is not None:
         with torch.no_grad():
-            mean, var = running
-            if norm.training:
+            if norm.group is None:
+                mean, var = running
+            if norm.training and norm.group is None:
                 x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
                 var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
                 weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
