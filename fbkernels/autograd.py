@@ -71,14 +71,14 @@ class Deliver(torch.autograd.Function):
 
 
 class Reach(torch.autograd.Function):
-    """The output itself, with the activities behind it in the graph: DistributedDataParallel looks there for parameters without a use, and
+    """The output, with the activities behind it in the graph: DistributedDataParallel looks there for parameters without a use, and
     no path leads across a point."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, *activities: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.none = (None,) * len(activities)
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> Any:

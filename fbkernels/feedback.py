@@ -324,12 +324,12 @@ class Feedback(Stateful):
             if m.part is not None:  # the end of the backward pass is where all processes meet; a flush may be of one alone
                 torch.autograd.Variable._execution_engine.queue_callback(self.flush)
             return
-        known = dict(self.state)
-        if m.part is not None and not self.rule.supervised:
+        known, part = dict(self.state), m.part
+        if part is not None and not self.rule.supervised:
             if self.rule.exchanged:
                 m = m.gathered(self.rule.exchanged)
             else:
-                (G,) = m.part.gather(self.rule.update(m, self.state)[1])
+                (G,) = part.gather(self.rule.update(m, self.state)[1])
                 m = replace(m, rows=len(G), part=None, gains=(None, G))
         m.gains = m.gains or self.rule.update(m, self.state)
         if self.static and self.scheduled is not None:

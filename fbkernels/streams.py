@@ -123,18 +123,23 @@ class Sum(torch.autograd.Function):
         return Sum.apply(g, ctx.group), None
 
 
-def _global_moments(x: Tensor, norm: Norm, running: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel over the batch of all processes, differentiable; the running ones are updated."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _synchronised(
+    z: Tensor, norm: Norm, running: tuple[Tensor | None, Tensor | None], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the mean and variance of the batch of all processes, and these two; the running ones are updated."""
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
     others, column = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
     mean, n = Sum.apply(torch.cat((x.sum(others), x.new_tensor([x.numel() / x.shape[1]]))), norm.group).tensor_split([-1])
     mean = mean / n
-    var = Sum.apply((x - mean.view(column)).square().sum(others), norm.group) / n
+    centred = x - mean.view(column)
+    var = Sum.apply(centred.square().sum(others), norm.group) / n
     with torch.no_grad():
         for t, new in zip(running, (mean, var * (n / (n - 1))), strict=True):
             if t is not None:
                 t.copy_(t.to(new.dtype).lerp(new, norm.momentum))
-    return mean, var
+    rstd = (var + norm.eps).rsqrt()
+    y = centred * (rstd if weight is None else weight * rstd).view(column)
+    return (y if bias is None else y + bias.view(column)).to(z.dtype), mean, var
 
 
 @dataclass(frozen=True)
@@ -340,7 +345,7 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):
-        return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs, group=net.group))
+        return _batch_norm(first, func if isinstance(func, Norm) else replace(Norm(*args[1:], **kwargs), group=net.group))
     if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
         entry = net.entry(args[0], args[1] if len(args) > 1 else kwargs["weight"])
         if entry is not None:
@@ -459,23 +464,18 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
 def _batch_norm(s: Streams, norm: Norm) -> Streams:
     constant = s.net.constant if s.net.warming else _same
     running, weight, bias = norm.running(), norm.weight, norm.bias
+    mean, var = running
     if norm.group is not None:
-        mean, var = _global_moments(s.clean, norm, running)
-        column = (-1, *[1] * (s.clean.ndim - 2))
-        rstd = (var + norm.eps).rsqrt()
-        gain = rstd if weight is None else constant(weight) * rstd
-        clean = (s.clean - mean.view(column)) * gain.view(column)
-        clean = (clean if bias is None else clean + constant(bias).view(column)).to(s.clean.dtype)
+        clean, mean, var = _synchronised(s.clean, norm, running, constant(weight), constant(bias))
     else:
         clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
     if s.net.running and s.perturbed is not None:
         with torch.no_grad():
-            if norm.group is None:
-                mean, var = running
-            if norm.training and norm.group is None:
-                x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
-                var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-                weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+            if norm.training:
+                exact = torch.promote_types(s.clean.dtype, torch.float32)
+                if norm.group is None:
+                    var, mean = torch.var_mean(s.clean.to(exact), [d for d in range(s.clean.ndim) if d != 1], correction=0)
+                weight, bias = (None if t is None else t.to(exact) for t in (weight, bias))
             perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, norm.eps)
     return streams(s.net, clean, perturbed, s.pending, read=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import traceback
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fbkernels as fb
@@ -102,10 +106,10 @@ def build(training: Training, **changed: Any) -> nn.Module:
     return fb.convert(training.model().to(training.dtype), feedback=training.feedback, rule=training.rule(), **options)
 
 
-def train(net: nn.Module, training: Training, steps: range, rank: int = 0, group: Any = None) -> dict[str, Tensor]:
-    """W, B and statistics after the steps: of one process, or of one among those of ``group``, in DistributedDataParallel."""
+def train(net: nn.Module, training: Training, steps: range, rank: int = 0, group: Any = None, ddp: bool = True) -> dict[str, Tensor]:
+    """W, B and statistics after the steps: of one process, or of one among those of ``group``."""
     world = 1 if group is None else dist.get_world_size(group)
-    run = net if group is None else DistributedDataParallel(net, process_group=group, **training.ddp)
+    run = DistributedDataParallel(net, process_group=group, **training.ddp) if group is not None and ddp else net
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), run)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     for step in steps:
@@ -119,7 +123,7 @@ def train(net: nn.Module, training: Training, steps: range, rank: int = 0, group
             sizes = parts(n, world, training.uneven)
             own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
             last = micro == training.accumulate - 1
-            with contextlib.nullcontext() if last or group is None else run.no_sync():
+            with contextlib.nullcontext() if last or run is net else run.no_sync():
                 loss = criterion(run(x[own]), y[own])
                 if not (training.broken and step == 1):
                     (loss * (world * sizes[rank] / n)).backward()
@@ -128,8 +132,22 @@ def train(net: nn.Module, training: Training, steps: range, rank: int = 0, group
     return {k: t.clone() for k, t in net.state_dict().items()}
 
 
-def alone() -> dict[str, dict[str, Tensor]]:
-    return {name: train(build(training), training, range(STEPS)) for name, training in TRAININGS.items()}
+SHARDED = {"FSDP, direct": "direct ridge, batch norm", "FSDP, layerwise": "layerwise ridge"}
+
+
+def of(world: int) -> list[str]:
+    """All trainings for two processes, a few for four."""
+    few = ["direct ridge, uneven", "joint output, float32", "layerwise ridge, uneven", "Kolen-Pollack", "direct ridge, batch norm"]
+    return list(TRAININGS) if world == 2 else few
+
+
+def sharded(name: str, rank: int, world: int) -> dict[str, Tensor]:
+    """The same with W sharded."""
+    training = dataclasses.replace(TRAININGS[name], uneven=False)
+    net = build(training)
+    fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+    state = train(net, training, range(STEPS), rank, dist.group.WORLD, ddp=False)
+    return {k: t.full_tensor() if isinstance(t, DTensor) else t for k, t in state.items()}
 
 
 def resumed(rank: int, folder: Path) -> dict[str, Tensor]:
@@ -153,9 +171,9 @@ def refused(rank: int) -> dict[str, str]:
     model = build(training)
     train(model, training, range(1))
     learned = model.state_dict() if rank == 0 else {}
-    for name, changed in {"seed": {"seed": 3 + rank}, "points": {"exclude": "0" if rank else None}, "the checkpoint": {}}.items():
+    for name, changed in {"seed": {"seed": 3 + rank}, "points": {"exclude": "0" if rank else None}, "checkpoint": {}}.items():
         net = build(training, **changed)
-        if name == "the checkpoint":
+        if name == "checkpoint":
             net.load_state_dict(learned, strict=False)
         try:
             train(net, training, range(1), rank, dist.group.WORLD)
@@ -170,8 +188,10 @@ def main(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
     results: dict[str, Any] = {}
     try:
-        for name, training in TRAININGS.items():
-            results[name] = train(build(training), training, range(STEPS), rank, dist.group.WORLD)
+        for name in of(world):
+            results[name] = train(build(TRAININGS[name]), TRAININGS[name], range(STEPS), rank, dist.group.WORLD)
+        for name, training in SHARDED.items() if world == 2 else ():
+            results[name] = sharded(training, rank, world)
         results["resumed"] = resumed(rank, folder)
         results["refused"] = refused(rank)
     except Exception:

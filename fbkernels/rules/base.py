@@ -109,6 +109,7 @@ class Rule:
     mirrors = False  # needs what the perturbation did to the next layer's input and pre-activation
     supervised = False  # needs the true gradient
     private = False  # gives every point its gradient itself
+    follows = False  # reads W
     # Several processes. What update reads of each sample, and they send each other (direct); () where G of a sample depends on that sample
     # alone, and goes instead
     exchanged: tuple[str, ...] = ("regressor", "w")
