@@ -451,7 +451,7 @@ class Feedback(Stateful):
 
     def _description(self) -> dict[str, Any]:
         """What processes have to have in common."""
-        names = ("noise_std", "noise", "seed", "every", "fraction", "antithetic", "warmup", "backend")
+        names = ("noise_std", "noise", "seed", "share", "every", "fraction", "antithetic", "warmup", "backend")
         feedback = "layerwise" if self.layerwise else "direct"
         described = {"feedback": feedback, "rule": repr(self.rule), "points": list(self.points)} | {n: getattr(self, n) for n in names}
         states = {f"{k} of point {n!r}": t for n, point in self.points.items() for k, t in point.state.items()} | self.state

@@ -164,7 +164,7 @@ class PerturbedLoss(nn.Module):
             raise ValueError(f"fully_shard the network as a whole, not its part {sharded[-1]!r}: no gradient reaches a part's input")
         if sharded and (owner.rule.follows or owner.rule.supervised):
             raise ValueError(f"{owner.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel")
-        if not several(group):
+        if not several(group) or owner.step.is_meta:
             owner.processes = None
         elif owner.processes is None or owner.processes.group is not (group or torch.distributed.group.WORLD):
             owner.processes = Processes(group, owner.step.device)
@@ -175,7 +175,7 @@ class PerturbedLoss(nn.Module):
         assert isinstance(net, Feedback)
         if not root.training:
             return self.criterion(logits, target)
-        if net.processes is None and not torch.compiler.is_compiling() and several():
+        if net.processes is None and not torch.compiler.is_compiling() and not net.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         if net.logits is None or not _same(logits, net.logits):
             raise ValueError(

@@ -15,9 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fbkernels as fb
@@ -68,6 +65,7 @@ TRAININGS = {
     "direct ridge, static graph": Training(fb.Ridge, ddp={"static_graph": True}),
     "direct ridge, a broken sample": Training(fb.Ridge, broken=True),
     "direct ridge, batch norm": Training(fb.Ridge, model=normed, uneven=True),
+    "direct ridge, shared noise": Training(fb.Ridge, dtype=torch.float32, convert={"share": 2}, uneven=True),
     "direct LMS": Training(lambda: fb.LMS(0.1)),
     "direct normalized LMS": Training(lambda: fb.NormalizedLMS(0.5), uneven=True),
     "joint output": Training(joint("output")),
@@ -143,6 +141,10 @@ def of(world: int) -> list[str]:
 
 def sharded(name: str, rank: int, world: int) -> dict[str, Tensor]:
     """The same with W sharded."""
+    from torch.distributed.device_mesh import init_device_mesh  # two seconds, which four processes need not spend
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     training = dataclasses.replace(TRAININGS[name], uneven=False)
     net = build(training)
     fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
@@ -162,7 +164,12 @@ def resumed(rank: int, folder: Path) -> dict[str, Tensor]:
     dist.barrier()
     net = build(training)
     net.load_state_dict(torch.load(folder / "checkpoint.pt"))
-    return train(net, training, range(2, STEPS), rank, dist.group.WORLD)
+    state = train(net, training, range(2, STEPS), rank, dist.group.WORLD)
+    if rank == 0:  # what one process does alone
+        x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.arange(4)
+        fb.metrics.alignment(net, nn.CrossEntropyLoss(), x, y)
+        assert fb.summary(net, x).peak and fb.points(net)["0"].B is not None
+    return state
 
 
 def refused(rank: int) -> dict[str, str]:

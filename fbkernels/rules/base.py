@@ -110,10 +110,15 @@ class Rule:
     supervised = False  # needs the true gradient
     private = False  # gives every point its gradient itself
     follows = False  # reads W
-    # Several processes. What update reads of each sample, and they send each other (direct); () where G of a sample depends on that sample
-    # alone, and goes instead
-    exchanged: tuple[str, ...] = ("regressor", "w")
-    additive = False  # the update of B is the sum of its parts' updates, so that in layerwise these are added up instead
+    # Of an update for several processes (a class with another update says it anew):
+    exchanged: tuple[str, ...] = ("regressor", "w")  # what it reads of each sample; () where G of a sample depends on that sample alone
+    additive = False  # B's update is the sum of those of the parts of a batch, m.sum of what a part alone does not have
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__:
+            cls.exchanged = cls.__dict__.get("exchanged", Rule.exchanged)
+            cls.additive = cls.__dict__.get("additive", False)
 
     def start(self, normal: Tensor, layerwise: bool) -> Tensor:
         """B before the first step, from standard normal numbers of its shape: zero, the ridge's own prior."""
