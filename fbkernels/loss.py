@@ -204,8 +204,10 @@ class PerturbedLoss(nn.Module):
 
 def _same(logits: Tensor, own: Tensor) -> bool:
     """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
-    copied = type(logits.grad_fn).__name__ == "_DDPSinkBackward" and logits.grad_fn is not None
-    return logits is own or (copied and logits.grad_fn.next_functions[0][0] is own.grad_fn)  # type: ignore[union-attr]
+    if logits is own:
+        return True
+    node: Any = getattr(logits, "grad_fn", None)
+    return type(node).__name__ == "_DDPSinkBackward" and node.next_functions[0][0] is own.grad_fn
 
 
 def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tuple[Tensor, ...]:

@@ -118,6 +118,20 @@ def test_what_a_step_sends() -> None:
     assert step(fb.NormalizedLMS(0.1), "layerwise") == sorted([skipped, 7 * 11, 7 * 6])
 
 
+def test_a_rule_of_ones_own_gets_the_samples_of_all() -> None:
+    """What LMS says of its update is not said of another one."""
+
+    class Own(fb.LMS):
+        def update(self, m: fb.Measurement, state: dict[str, Tensor]) -> Any:
+            return super().update(m, state)
+
+    class Sparing(Own):
+        exchanged = ("regressor",)
+
+    assert fb.LMS.additive and not Own.additive and not Sparing.additive
+    assert (Own.exchanged, Sparing.exchanged) == (("regressor", "w"), ("regressor",))
+
+
 def test_what_several_processes_cannot_do_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     net = fb.convert(parallel.mlp())
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
