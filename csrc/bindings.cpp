@@ -317,7 +317,7 @@ static void feedback_update(const TensorView& B, const std::optional<TensorView>
     p.R = data("R", R, {p.rows, m});
     p.Q = data("Q", Q, {p.rows, m});
     p.w = data("w", w, {p.rows});
-    std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, offset}.params("B", B, nullptr, p.rows, units);
+    std::tie(p.noise, p.kind) = NoiseKey{*step, seed, point, std, kind, 0}.params("B", B, nullptr, p.rows, units);
   }
   if (prediction) {
     require(prediction->ndim == 3, "prediction must be [parts, rows, outputs]");

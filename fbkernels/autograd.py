@@ -70,6 +70,21 @@ class Deliver(torch.autograd.Function):
         return None, None, None, None, None, None, None, None, *grads
 
 
+class Reach(torch.autograd.Function):
+    """The output, with the activities behind it in the graph: DistributedDataParallel looks there for parameters without a use, and
+    no path leads across a point."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *activities: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.none = (None,) * len(activities)
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> Any:
+        return g, *ctx.none
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What stands between a layer and its point: phi and a pooling, in either order."""

@@ -20,6 +20,7 @@ from fbkernels import ops
 from fbkernels._check import boolean, in_interval, integer, one_of, positive
 from fbkernels.feedback import Feedback
 from fbkernels.loss import PerturbedLoss, owner_of, unwrap
+from fbkernels.nn import SyncBatchNorm
 from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
 
@@ -64,7 +65,7 @@ def convert(
         points: names of modules to put a point right after, instead of finding them: one for each residual block, say.
         include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
         every: perturb, and update B, on each ``every``-th step only.
-        fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, in (0, 1].
+        fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, or of a process' part of it, in (0, 1].
         antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the noise of even orders.
         warmup: in the first ``warmup`` steps only B learns; parameters get no gradient.
         backend: "auto" or a name from ``fbkernels.backends()``.
@@ -109,6 +110,9 @@ def convert(
         share=_WHOLE if share == "channel" else int(share),
     )
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for module in net.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = SyncBatchNorm  # type: ignore[assignment]
     owner.to(device)
     if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
         raise ValueError("model has an attribute 'feedback', the name fbkernels needs: rename it")
@@ -193,6 +197,8 @@ def revert(net: nn.Module) -> nn.Module:
     model = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers()) if id(t) not in owned})
     del model.__dict__["feedback"]
     for module in list(model.modules()):
+        if type(module) is SyncBatchNorm:
+            module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), own)]:
                 del hooks[key]

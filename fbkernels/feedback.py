@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels import ops
-from fbkernels.autograd import Behind, Transport
+from fbkernels.autograd import Behind, Reach, Transport
 from fbkernels.points import FeedbackPoint, Stateful
+from fbkernels.processes import Part, Processes
 from fbkernels.reference import Connection
 from fbkernels.rules.base import Measurement, Rule
 from fbkernels.streams import Carry, Streams, resolve, streams, twin
@@ -57,6 +59,7 @@ class Feedback(Stateful):
         self.measured: list[Measurement] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
+        self.processes: Processes | None = None  # where there are several; PerturbedLoss knows them
         self.register_buffer("method", torch.tensor(list(self._method().encode()), dtype=torch.uint8))
         self._reset()
 
@@ -75,6 +78,8 @@ class Feedback(Stateful):
         self.forks: set[str] = set()  # layerwise: points that something beside a layer reads
         self.fuses: tuple[torch.dtype, ...] = ()
         self.perturbed_rows = 0
+        self.part: Part | None = None  # of the perturbed rows of all processes
+        self.group: Any = None  # of the SyncBatchNorm that runs
 
     # the forward of the network
 
@@ -107,6 +112,13 @@ class Feedback(Stateful):
         self.perturbing = wanted and torch.is_grad_enabled()
         self.warming = not self.probe and self.steps < self.warmup
         self.perturbed_rows = math.ceil(self.fraction * batch)
+        if self.processes is not None and not self.probe and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a training step of several processes cannot be compiled yet: leave torch.compile out")
+            if not self.processes.agreed:
+                self.processes.agree(self._description())
+            if self.perturbing or (self.learning and self.rule.adapts):
+                self.part = self.processes.part(self.perturbed_rows)
         for point in self.points.values():
             point._weight = ()
         self.running = True
@@ -114,9 +126,10 @@ class Feedback(Stateful):
 
     def _capture(self) -> None:
         """A CUDA graph replays what this step does with the tensors that it finds now."""
-        if self.layerwise or self.rule.supervised or self.every > 1 or self.steps < self.warmup:
+        if self.layerwise or self.rule.supervised or self.every > 1 or self.steps < self.warmup or self.processes is not None:
             raise RuntimeError(
-                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up"
+                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up, "
+                "in one process"
             )
         learns = type(self.rule).learn is Rule.learn and self.rule.adapts
         if learns and any(point.pending is None for point in self.points.values()):
@@ -158,8 +171,11 @@ class Feedback(Stateful):
             ordered = sorted(self.points.items(), key=lambda item: item[1].index)
             self.points.clear()
             self.points.update(ordered)
-        self.logits, self.perturbed, self.running = output.clean, output.perturbed, False
-        return output.clean
+        y = output.clean
+        if self.processes is not None and not self.layerwise:
+            y = Reach.apply(y, *self.activities.values())
+        self.logits, self.perturbed, self.running = y, output.perturbed, False
+        return y
 
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         if point.name in self.activities:
@@ -192,6 +208,11 @@ class Feedback(Stateful):
         if not self.layerwise:
             return h.detach()
         return h.detach().requires_grad_() if self.warming and not h.requires_grad else h
+
+    @property
+    def first(self) -> int:
+        """The index of the first perturbed row among those of all processes."""
+        return 0 if self.part is None else self.part.before
 
     def rows(self, t: Tensor) -> Tensor:
         """The rows of a clean batch that have a perturbed twin, in the order of the perturbed stream."""
@@ -244,7 +265,7 @@ class Feedback(Stateful):
         px = None
         if self.perturbing and self.running:
             with torch.no_grad():
-                xi = point.noise(self.step, self.perturbed_rows, self.activities[point.name].dtype)
+                xi = point.noise(self.step, self.perturbed_rows, self.activities[point.name].dtype, self.first)
                 xi = torch.cat((xi, -xi)) if self.antithetic else xi
                 for _, rearrange in carry:
                     xi = rearrange(xi)
@@ -273,7 +294,8 @@ class Feedback(Stateful):
         """What the step showed: the loss change of each perturbed sample and e = dL/dlogits; samples that are not ok count as zero."""
         assert self.logits is not None
         dtype, n = torch.promote_types(self.logits.dtype, torch.float32), len(ok)
-        self.skipped.add_((~ok).sum())
+        skipped = (~ok).sum()
+        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
         e = torch.where(ok[:, None], e[:n], 0.0)
         prediction: Tensor | float = 0.0
         if self.predictions:
@@ -292,15 +314,24 @@ class Feedback(Stateful):
             errors=self.errors,
             changes=self.changes,
             ok=ok,
+            part=self.part,
         )
 
     def schedule(self, m: Measurement) -> None:
         """Let B take the step before the next forward (SPEC 5)."""
         if self.layerwise:
             self.measured.append(m)
+            if m.part is not None:  # the end of the backward pass is where all processes meet; a flush may be of one alone
+                torch.autograd.Variable._execution_engine.queue_callback(self.flush)
             return
-        known = dict(self.state)
-        m.gains = self.rule.update(m, self.state)
+        known, part = dict(self.state), m.part
+        if part is not None and not self.rule.supervised:
+            if self.rule.exchanged:
+                m = m.gathered(self.rule.exchanged)
+            else:
+                (G,) = part.gather(self.rule.update(m, self.state)[1])
+                m = replace(m, rows=len(G), part=None, gains=(None, G))
+        m.gains = m.gains or self.rule.update(m, self.state)
         if self.static and self.scheduled is not None:
             for name in self.rule.statistics:
                 self.state[name] = known[name].copy_(self.state[name])
@@ -313,6 +344,8 @@ class Feedback(Stateful):
         self.scheduled = m
         for point in m.points:
             self.points[point].pending = m
+        if m.part is not None:
+            self.flush()
 
     def flush(self) -> None:
         """Apply every pending update of B."""
@@ -365,8 +398,8 @@ class Feedback(Stateful):
             for _, _, m in measured:
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
-            m.gains = self.rule.update(m, point.state)
-            point.pending = m
+            point.pending = m if self.rule.additive else m.gathered(self.rule.exchanged)
+            point.pending.gains = self.rule.update(point.pending, point.state)
 
     def advance(self) -> None:
         self.step.add_(1)
@@ -416,8 +449,19 @@ class Feedback(Stateful):
     def _method(self) -> str:
         return f"{'layerwise' if self.layerwise else 'direct'} {type(self.rule).__name__}"
 
+    def _description(self) -> dict[str, Any]:
+        """What processes have to have in common."""
+        names = ("noise_std", "noise", "seed", "share", "every", "fraction", "antithetic", "warmup", "backend")
+        feedback = "layerwise" if self.layerwise else "direct"
+        described = {"feedback": feedback, "rule": repr(self.rule), "points": list(self.points)} | {n: getattr(self, n) for n in names}
+        states = {f"{k} of point {n!r}": t for n, point in self.points.items() for k, t in point.state.items()} | self.state
+        sums = {n: int(t.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for n, t in states.items()}
+        return described | {"step": int(self.step)} | sums
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.measured = []
+        if self.processes is not None:
+            self.processes.agreed = False
         self._spend()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "step" in state_dict:
@@ -436,6 +480,8 @@ class Feedback(Stateful):
             "static": False,
             "scheduled": None,
             "inputs": (),
+            "processes": None,
+            "part": None,
         }
         return {**self.__dict__, **fresh}
 

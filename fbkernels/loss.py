@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from fbkernels import ops
 from fbkernels.autograd import Deliver
 from fbkernels.feedback import Feedback
+from fbkernels.processes import Processes, several
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -125,23 +126,48 @@ class PerturbedLoss(nn.Module):
     Args:
         criterion: a loss module or function with per-sample losses: one with a ``reduction`` of "mean", "sum" or "none", or a callable
             ``(output, target) -> [N]``.
-        net: the network from ``fbkernels.convert``, also inside torch.compile.
+        net: the network from ``fbkernels.convert``, also inside torch.compile or DistributedDataParallel.
+
+    **Several processes** (torch.distributed). The batch is that of all of them, rank 0's rows first: each takes its rows of the batch's
+    noise, parts may differ in size, and B, statistics and step are on every process what one process would have, up to the order of
+    float32 sums. They are replicated and never sent; beside W's gradients, a step with a perturbed stream sends, in float32,
+
+    * ``direct``: ``(e_n, dL_n)`` of each sample, K + 1 numbers; ``Joint`` K, a row of G. Every process regenerates the noise of all.
+    * ``layerwise``: at the end of the backward pass the sum of B's updates, as large as W, ``Ridge`` also R^T R [m, m] in float64; for
+      rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
+    * ``SyntheticGradient`` the sum of B's updates; ``Fixed`` and rules that follow W nothing.
+
+    and the number of rows and of skipped samples. Make the loss after ``init_process_group``, with the wrapped network where the group is
+    not the default one. All processes take the same steps: no Join. DistributedDataParallel averages the gradients of W over processes:
+    those of a mean are the batch's where parts are equal; else multiply the loss by ``processes * rows / batch``, or each process counts
+    alike. B counts each sample alike in any case. Class weights and ignored targets are averaged in each process. Batch norm has each
+    process' own statistics, nn.SyncBatchNorm all processes'. ``fully_shard(net)`` (FSDP2) shards W as a whole, not layer by layer, and B
+    stays whole on each process.
 
     Raises:
         TypeError: net is not a converted network.
-        ValueError: no per-sample losses; logits that are not the output of the network's last forward.
-        RuntimeError: called inside torch.func.grad, vmap or jvp, which would differentiate past the feedback (pytorch #193279); more than
-            one process of torch.distributed, between which B is not synchronised yet.
+        ValueError: no per-sample losses; logits that are not the output of the network's last forward; ``fully_shard`` of a part of the
+            network, or with a rule that reads W or copies the network; at the first step, processes that differ in rule, seed, points or B.
+        RuntimeError: called inside torch.func.grad, vmap or jvp, which would differentiate past the feedback (pytorch #193279); several
+            processes, and torch.compile or a loss that was made before ``init_process_group``.
     """
 
     def __init__(self, criterion: Callable[..., Tensor], net: nn.Module) -> None:
         super().__init__()
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RuntimeError("learned feedback runs in one process: between several, B and its statistics would drift apart")
         self.criterion = criterion
         self.per_sample = PerSample(criterion)
         self._anchor = torch.zeros((), requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
         self._net = (unwrap(net),)  # a tuple: the loss does not own the network's parameters
+        group, owner = getattr(net, "process_group", None), owner_of(net)
+        sharded = [n for n, m in unwrap(net).named_modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
+        if sharded and sharded != [""]:
+            raise ValueError(f"fully_shard the network as a whole, not its part {sharded[-1]!r}: no gradient reaches a part's input")
+        if sharded and (owner.rule.follows or owner.rule.supervised):
+            raise ValueError(f"{owner.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel")
+        if not several(group) or owner.step.is_meta:
+            owner.processes = None
+        elif owner.processes is None or owner.processes.group is not (group or torch.distributed.group.WORLD):
+            owner.processes = Processes(group, owner.step.device)
 
     def forward(self, logits: Tensor, target: Any) -> Tensor:
         root = self._net[0]
@@ -149,7 +175,9 @@ class PerturbedLoss(nn.Module):
         assert isinstance(net, Feedback)
         if not root.training:
             return self.criterion(logits, target)
-        if net.logits is None or logits is not net.logits:
+        if net.processes is None and not torch.compiler.is_compiling() and not net.step.is_meta and several():
+            raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
+        if net.logits is None or not _same(logits, net.logits):
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of the network's last training forward; a loss of several parts is one "
                 "criterion, and mixup mixes the targets instead of the losses"
@@ -172,6 +200,14 @@ class PerturbedLoss(nn.Module):
             net.advance()
         net.warn()
         return self.per_sample.reduce(out)
+
+
+def _same(logits: Tensor, own: Tensor) -> bool:
+    """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
+    if logits is own:
+        return True
+    node: Any = getattr(logits, "grad_fn", None)
+    return type(node).__name__ == "_DDPSinkBackward" and node.next_functions[0][0] is own.grad_fn
 
 
 def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tuple[Tensor, ...]:

@@ -81,6 +81,7 @@ def true_gradients(net: nn.Module, per_sample: PerSample, target: Any) -> dict[s
     """Backprop's dL/dh_l of the network's last training forward, by point, batch first: the target of supervised rules."""
     args, kwargs = owner_of(net).inputs
     with _copy(net) as probe:
+        owner_of(probe).processes = owner_of(net).processes  # for SyncBatchNorm
         return _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
 
 

@@ -4,11 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbkernels._check import one_of
 from fbkernels.points import FeedbackPoint
+from fbkernels.processes import several
 from fbkernels.reference import ACTIVATIONS
+from fbkernels.streams import Streams
+
+
+class SyncBatchNorm(_BatchNorm):
+    """``nn.SyncBatchNorm`` in a converted network: torch's own is a custom autograd.Function, which sees one stream, and on a GPU alone."""
+
+    process_group: Any
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"SyncBatchNorm needs at least 2 dimensions, got {input.ndim}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Streams) or not self.training or input.net.processes is None or not several(self.process_group):
+            return super().forward(input)
+        input.net.group = self.process_group or torch.distributed.group.WORLD
+        try:
+            return super().forward(input)
+        finally:
+            input.net.group = None
 
 
 class _Layer(nn.Module):

@@ -840,14 +840,14 @@ def _feedback_update(
         return plan.new, plan.parts
     if chosen not in _COMPILED or B.dtype != torch.float32:
         new, key = B, (seed, point)
-        draw: dict[str, Any] = {"offset": offset, "dtype": B.dtype, "backend": backend}
+        draw: dict[str, Any] = {"dtype": B.dtype, "backend": backend}
         gain = (R, Q) if R is not None and Q is not None else M
         target = G if w is None else w
         if target is not None and step is not None:
             new = reference.feedback_update(B, noise(step, *key, len(target), len(B), std, kind, **draw), gain, target)
         if predicted_step is None:
             return new, B.new_empty(0)
-        prediction = (noise(predicted_step, *key, predicted_rows, len(B), std, kind, **draw) @ new)[None]
+        prediction = (noise(predicted_step, *key, predicted_rows, len(B), std, kind, offset=offset, **draw) @ new)[None]
         return (B.new_empty(0) if step is None else new), prediction
     M, G, R, Q, w = (None if t is None else t.float().contiguous() for t in (M, G, R, Q, w))
     B = B.contiguous()

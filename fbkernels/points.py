@@ -192,7 +192,7 @@ class FeedbackPoint(Stateful):
         if prediction is not None:
             net.predictions.append(prediction)
         if net.perturbing:
-            xi = self.noise(net.step, net.perturbed_rows, h.dtype)
+            xi = self.noise(net.step, net.perturbed_rows, h.dtype, net.first)
             perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
         return streams(net, net.cut(h), perturbed, source=(self, ()))
 
@@ -236,7 +236,7 @@ class FeedbackPoint(Stateful):
             x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
             size = layer.size_behind(weight)
         behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
-        options = {"antithetic": net.antithetic, "backend": chosen, **(self.riding(predicts) if net.running else {})}
+        options = {"antithetic": net.antithetic, "offset": net.first, "backend": chosen, **(self.riding(predicts) if net.running else {})}
         with outside(deferred.hooks):
             h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
         if not net.running:
@@ -269,16 +269,17 @@ class FeedbackPoint(Stateful):
             update |= {"learned_step": m.step, **({"R": M[0], "Q": M[1], "w": G} if isinstance(M, tuple) else {"M": M, "G": G})}
         return update
 
-    def noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """The step's noise xi_l, in the layout of the activity; regenerated, never stored."""
+    def noise(self, step: Tensor, rows: int, dtype: torch.dtype, first: int) -> Tensor:
+        """The step's noise xi_l from row ``first`` on, in the layout of the activity; regenerated, never stored."""
         assert self.shape is not None
-        return reference.layout(self._noise(step, rows, dtype), (rows, *self.shape), self.channels_first, self.net.share).to(dtype)
+        return reference.layout(self._noise(step, rows, dtype, first), (rows, *self.shape), self.channels_first, self.net.share).to(dtype)
 
-    def _noise(self, step: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def _noise(self, step: Tensor, rows: int, dtype: torch.dtype, first: int) -> Tensor:
         """Samples x units."""
         net = self.net
         exact = dtype if dtype == torch.float64 else torch.float32
-        return ops.noise(step, net.seed, self.index, rows, self.units, net.noise_std, net.noise, dtype=exact, backend=net.backend)
+        key = (step, net.seed, self.index, rows, self.units, net.noise_std, net.noise)
+        return ops.noise(*key, offset=first, dtype=exact, backend=net.backend)
 
     def create(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """B at its first use, as the rule starts it."""
@@ -324,7 +325,7 @@ class FeedbackPoint(Stateful):
     def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None, predicted_rows: int = 0) -> Tensor | None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
         B = self.state["B"]
-        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry  # G or w
+        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry and m.part is None  # G or w
         if target is None and whole:
             given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)
             predicted = self.net.step if predicted_rows else None
@@ -333,6 +334,8 @@ class FeedbackPoint(Stateful):
             return prediction if predicted_rows else None
         matrix = B if self.connection is None else self.connection.matrix(B)
         new = reference.feedback_update(matrix, self.regressand(m, matrix.dtype, target), M, G)
+        if m.part is not None:
+            new = matrix + m.sum(new - matrix)
         self.store((new if self.connection is None else self.connection.unmatrix(new, B.shape)).contiguous())
         return None
 
@@ -340,7 +343,7 @@ class FeedbackPoint(Stateful):
         """ops.feedback_update with the point's own noise; the last of ``args`` is the number of predicted rows."""
         net = self.net
         out: tuple[Tensor, Tensor] = ops.feedback_update(
-            B, *args[:-1], net.seed, self.index, args[-1], net.noise_std, net.noise, backend=net.backend
+            B, *args[:-1], net.seed, self.index, args[-1], net.noise_std, net.noise, offset=net.first, backend=net.backend
         )
         return out
 
@@ -348,9 +351,9 @@ class FeedbackPoint(Stateful):
         """Xi of the measured step: samples x units, in layerwise as the next layer reads it."""
         if self.connection is None:
             if target is None:
-                return self._noise(m.step, m.rows, dtype).to(dtype)
+                return self._noise(m.step, m.rows, dtype, m.first).to(dtype)
             return reference.units(target.to(dtype), self.channels_first, self.net.share)
-        xi = self.noise(m.step, m.rows, dtype) if target is None else target.to(dtype)
+        xi = self.noise(m.step, m.rows, dtype, m.first) if target is None else target.to(dtype)
         for name, rearrange in self.carry:
             xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
         return self.connection.samples(xi)

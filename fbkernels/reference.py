@@ -238,20 +238,32 @@ def pooled_weight_gradient(
     return gradient, delta.sum((0, 2, 3))
 
 
-def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ridge_gain(
+    R: Tensor,
+    w: Tensor,
+    V: Tensor,
+    gamma: float,
+    forgetting: float,
+    before: int = 0,
+    after: int = 0,
+    total: Callable[[Tensor], Tensor] = lambda t: t,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A batch of recursive least squares (SPEC 4): V, and Q, M, G in the dtype of R.
 
     ``V <- beta^N V + (1 - beta^N) gamma I + R^T D R`` with ``D = diag(beta^(N-1), ..., 1)``, ``Q = D R V^-1``, ``M = R^T Q``,
     ``G = w * Q``. R [N, m], w [N], V [m, m] float64; all but w may have a leading dimension, the groups of a convolution.
+
+    Of a batch with other samples ``before`` and ``after`` these, ``total`` adds up the R^T D R of its parts: V is that of the whole batch,
+    M the part's own, and the sum over the parts the whole batch's.
     """
     exact = R.double()
     samples, m = R.shape[-2:]
-    age = torch.arange(samples - 1, -1, -1, dtype=torch.float64, device=R.device)
+    age = torch.arange(samples - 1, -1, -1, dtype=torch.float64, device=R.device) + after
     weighted = exact * (forgetting**age)[:, None] if forgetting < 1 else exact
     if forgetting < 1:
-        keep = forgetting**samples
+        keep = forgetting ** (before + samples + after)
         V = keep * V + (1 - keep) * gamma * torch.eye(m, dtype=torch.float64, device=R.device)
-    V = V + exact.mT @ weighted
+    V = V + total(exact.mT @ weighted)
     Q = torch.cholesky_solve(weighted.mT, torch.linalg.cholesky(V)).mT
     return V, Q.to(R.dtype), (exact.mT @ Q).to(R.dtype), (w.double()[:, None] * Q).to(R.dtype)
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,6 +63,7 @@ class Norm:
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
+    group: Any = None  # of the processes whose batch it is, where that is more than one
 
     def fits(self, dtype: torch.dtype, channels: int, values: int) -> bool:
         """Whether a block runs it behind a layer with so many values a channel; the rest is torch's to run or to refuse."""
@@ -104,6 +106,40 @@ def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
     means, variances = (t.view(-1, z.shape[1]) for t in torch.batch_norm_update_stats(rows[:, :, None, None], none, none, 0.0))
     between, mean = torch.var_mean(means, 0, correction=0)
     return mean, variances.mean(0) + between
+
+
+class Sum(torch.autograd.Function):
+    """Over the processes of a group, forward and back."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        t = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(t, group=group)
+        return t
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return Sum.apply(g, ctx.group), None
+
+
+def _synchronised(
+    z: Tensor, norm: Norm, running: tuple[Tensor | None, Tensor | None], weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm with the mean and variance of the batch of all processes, and these two; the running ones are updated."""
+    x = z.to(torch.promote_types(z.dtype, torch.float32))
+    others, column = [d for d in range(x.ndim) if d != 1], (-1, *[1] * (x.ndim - 2))
+    mean, n = Sum.apply(torch.cat((x.sum(others), x.new_tensor([x.numel() / x.shape[1]]))), norm.group).tensor_split([-1])
+    mean = mean / n
+    centred = x - mean.view(column)
+    var = Sum.apply(centred.square().sum(others), norm.group) / n
+    with torch.no_grad():
+        for t, new in zip(running, (mean, var * (n / (n - 1))), strict=True):
+            if t is not None:
+                t.copy_(t.to(new.dtype).lerp(new, norm.momentum))
+    rstd = (var + norm.eps).rsqrt()
+    y = centred * (rstd if weight is None else weight * rstd).view(column)
+    return (y if bias is None else y + bias.view(column)).to(z.dtype), mean, var
 
 
 @dataclass(frozen=True)
@@ -227,7 +263,7 @@ def _defer(func: Any, name: str, s: Streams, args: tuple[Any, ...], kwargs: dict
     """Put off a layer, or what follows it up to its point, where the point can run it in its one pass."""
     if func is F.batch_norm:
         # not behind a layer, or in a graph of Dynamo's, which traces no running statistics written inside an autograd.Function
-        if s.deferred is None or s.deferred.parts or torch.compiler.is_compiling():
+        if s.deferred is None or s.deferred.parts or torch.compiler.is_compiling() or s.net.group is not None:
             return None
         func, args, kwargs = Norm(*args, **kwargs), (), {}
     call = (func, name, args, kwargs)
@@ -309,7 +345,7 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     if name in _DROPOUTS:
         return _dropout(func, first, args, kwargs)
     if func is F.batch_norm or isinstance(func, Norm):
-        return _batch_norm(first, func if isinstance(func, Norm) else Norm(*args[1:], **kwargs))
+        return _batch_norm(first, func if isinstance(func, Norm) else replace(Norm(*args[1:], **kwargs), group=net.group))
     if net.layerwise and name in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(args[0], Streams):
         entry = net.entry(args[0], args[1] if len(args) > 1 else kwargs["weight"])
         if entry is not None:
@@ -428,14 +464,18 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
 def _batch_norm(s: Streams, norm: Norm) -> Streams:
     constant = s.net.constant if s.net.warming else _same
     running, weight, bias = norm.running(), norm.weight, norm.bias
-    clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
+    mean, var = running
+    if norm.group is not None:
+        clean, mean, var = _synchronised(s.clean, norm, running, constant(weight), constant(bias))
+    else:
+        clean = F.batch_norm(s.clean, *running, constant(weight), constant(bias), norm.training, norm.momentum, norm.eps)
     perturbed = None
     if s.net.running and s.perturbed is not None:
         with torch.no_grad():
-            mean, var = running
             if norm.training:
-                x = s.clean.to(torch.promote_types(s.clean.dtype, torch.float32))
-                var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-                weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+                exact = torch.promote_types(s.clean.dtype, torch.float32)
+                if norm.group is None:
+                    var, mean = torch.var_mean(s.clean.to(exact), [d for d in range(s.clean.ndim) if d != 1], correction=0)
+                weight, bias = (None if t is None else t.to(exact) for t in (weight, bias))
             perturbed = F.batch_norm(s.perturbed, mean, var, weight, bias, False, 0.0, norm.eps)
     return streams(s.net, clean, perturbed, s.pending, read=True)

@@ -33,7 +33,7 @@ def update_tile(
     m,
     learned_rows,
     predicted_rows,
-    offset,
+    offset,  # of the predicted rows; B learns from all rows of a batch
     KIND: tl.constexpr,
     SHARED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -63,9 +63,7 @@ def update_tile(
                 b_B -= b_BM
             for n in tl.range(0, learned_rows, BR, num_stages=1):
                 m_n = n + o_n < learned_rows
-                xi = noise_tile(
-                    (n + o_n).to(tl.int64) + offset, first, tl.load(learned_step), seed, point, std, units, KIND, SHARED, BU
-                )  # [BR, BU]
+                xi = noise_tile((n + o_n).to(tl.int64), first, tl.load(learned_step), seed, point, std, units, KIND, SHARED, BU)  # [BR, BU]
                 if R is not None:
                     b_RB = tl.zeros([BR, BU], tl.float32)
                     for k in tl.range(0, m, BL, num_stages=1):

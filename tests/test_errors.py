@@ -546,14 +546,6 @@ def test_statistics_of_another_network_are_refused_before_anything_is_written() 
         net.load_state_dict(other.state_dict())
 
 
-def test_several_processes_are_refused_while_B_is_not_synchronised(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = trained()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="B and its statistics would drift apart"):
-        fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-
-
 def test_layerwise_feedback_says_that_it_cannot_be_compiled() -> None:
     net = fb.convert(mlp(), feedback="layerwise")
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fbkernels.points import FeedbackPoint
+    from fbkernels.processes import Part
 
 Gain = Tensor | tuple[Tensor, Tensor] | None
 
@@ -37,6 +38,34 @@ class Measurement:
     prediction: Tensor | float = 0.0  # joint rules: sum_l Xi_l B_l [N, K] in direct, predicted dL [N] in layerwise
     gains: tuple[Gain, Tensor] | None = None
     targets: dict[str, Tensor] | None = None  # supervised rules: the true dL/dh_l of each point
+    part: Part | None = None  # of the batch that these samples are; None: all of it
+
+    @property
+    def first(self) -> int:
+        """The index of the first sample in the batch of all processes."""
+        return 0 if self.part is None else self.part.before
+
+    @property
+    def batch(self) -> int:
+        """The samples of all processes."""
+        return self.rows if self.part is None else self.part.total
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Over all processes."""
+        return t if self.part is None else self.part.processes.sum(t)
+
+    def gathered(self, names: tuple[str, ...]) -> Measurement:
+        """The same step with the samples of all processes; fields beside ``names`` are None."""
+        if self.part is None:
+            return self
+        r = self.regressor.unflatten(-2, (self.rows, -1)).movedim(-3, 0)  # a sample's positions together
+        fields = ("regressor", "w", "loss_change", "output_change", "prediction", "ok")
+        own = {n: r if n == "regressor" else t.unflatten(0, (self.rows, -1)) for n in fields if isinstance(t := getattr(self, n), Tensor)}
+        sent = [n for n in own if n in names]
+        whole: dict[str, Any] = dict.fromkeys(own) | dict(zip(sent, self.part.gather(*(own[n] for n in sent)), strict=True))
+        for n in sent:
+            whole[n] = whole[n].movedim(0, -3).flatten(-3, -2) if n == "regressor" else whole[n].flatten(0, 1)
+        return replace(self, rows=self.part.total, part=None, **whole)
 
     @property
     def handed_on(self) -> tuple[Tensor, ...]:
@@ -80,6 +109,16 @@ class Rule:
     mirrors = False  # needs what the perturbation did to the next layer's input and pre-activation
     supervised = False  # needs the true gradient
     private = False  # gives every point its gradient itself
+    follows = False  # reads W
+    # Of an update for several processes (a class with another update says it anew):
+    exchanged: tuple[str, ...] = ("regressor", "w")  # what it reads of each sample; () where G of a sample depends on that sample alone
+    additive = False  # B's update is the sum of those of the parts of a batch, m.sum of what a part alone does not have
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "update" in cls.__dict__:
+            cls.exchanged = cls.__dict__.get("exchanged", Rule.exchanged)
+            cls.additive = cls.__dict__.get("additive", False)
 
     def start(self, normal: Tensor, layerwise: bool) -> Tensor:
         """B before the first step, from standard normal numbers of its shape: zero, the ridge's own prior."""

@@ -26,6 +26,8 @@ class Joint(Rule):
     """
 
     predicts = True
+    exchanged = ()
+    additive = True
 
     def __init__(self, lr: float = 0.2, signal: str = "loss") -> None:
         self.lr = in_interval("lr", lr, 0, 1, open_low=True)
@@ -34,7 +36,7 @@ class Joint(Rule):
             self.structures = ("direct",)
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
-        scale = self.lr / (m.std**2 * max(m.units, m.rows))
+        scale = self.lr / (m.std**2 * max(m.units, m.batch))
         if self.signal == "output":
             return None, scale * (m.output_change - m.prediction)
         prediction = m.prediction

@@ -34,6 +34,7 @@ class KolenPollack(Rule):
 
     structures = ("layerwise",)
     statistics = ("before",)
+    follows = True
     adapts = False  # by no measurement
     perturbs = False
 

@@ -20,6 +20,8 @@ class LMS(Rule):
         ValueError: lr <= 0.
     """
 
+    additive = True
+
     def __init__(self, lr: float) -> None:
         self.lr = positive("lr", lr)
 

@@ -24,5 +24,5 @@ class NodePerturbation(Rule):
         return None
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:
-        xi = point.noise(m.step, m.rows, m.w.dtype)
+        xi = point.noise(m.step, m.rows, m.w.dtype, m.first)
         return xi * m.w.view(-1, *[1] * (xi.ndim - 1))

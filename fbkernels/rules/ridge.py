@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fbkernels import ops
+from fbkernels import ops, reference
 from fbkernels._check import in_interval, positive
 from fbkernels.rules.base import Gain, Measurement, Rule
 
@@ -29,6 +29,7 @@ class Ridge(Rule):
     """
 
     statistics = ("V",)
+    additive = True
 
     def __init__(self, gamma: float = 0.1, forgetting: float = 1.0) -> None:
         self.gamma = positive("gamma", gamma)
@@ -39,5 +40,10 @@ class Ridge(Rule):
         V = state.get("V")
         if V is None:
             V = (self.gamma * torch.eye(R.shape[-1], dtype=torch.float64, device=R.device)).expand(*R.shape[:-2], -1, -1)
-        state["V"], Q, M, G = ops.ridge_gain(R, m.w, V, self.gamma, self.forgetting)
+        if m.part is None:
+            state["V"], Q, M, G = ops.ridge_gain(R, m.w, V, self.gamma, self.forgetting)
+        else:
+            positions = R.shape[-2] // m.rows
+            before, after = m.first * positions, (m.batch - m.first - m.rows) * positions
+            state["V"], Q, M, G = reference.ridge_gain(R, m.w, V, self.gamma, self.forgetting, before, after, m.sum)
         return ((R, Q), m.w) if R.shape[-2] < R.shape[-1] else (M, G)

@@ -29,6 +29,7 @@ class SyntheticGradient(LMS):
 
     perturbs = False
     supervised = True
+    additive = True
 
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         Q = self.lr * m.regressor

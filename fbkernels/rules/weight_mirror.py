@@ -43,10 +43,11 @@ class WeightMirror(Rule):
         dh, dz = (torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in (dh, dz))
         weight = B if c.convolution else B.T
         residual = dz - c.forward(dh, weight, None)
-        gradient = c.weight_gradient(residual, dh, weight)
+        gradient = m.sum(c.weight_gradient(residual, dh, weight))
         inputs = weight[0].numel()
         samples = dz.numel() // len(weight)
-        power = dh.square().sum() * (samples * inputs / dh.numel() * c.groups if c.convolution else 1)
+        power = m.sum(dh.square().sum()) * (samples * inputs / dh.numel() * c.groups if c.convolution else 1)
+        samples = samples // m.rows * m.batch
         eta = self.lr / (power / inputs + power / samples)
         step = torch.where(torch.isfinite(eta) & torch.isfinite(gradient).all(), eta, 0.0) * torch.nan_to_num(gradient)
         point.state["B"] = (B + (step if c.convolution else step.T)).contiguous()

@@ -19,6 +19,7 @@ class WeightTransport(Rule):
     """
 
     structures = ("layerwise",)
+    follows = True
     learned = False
     adapts = False
     perturbs = False
