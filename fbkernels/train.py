@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 HELD_OUT = 128  # images never trained on, the batch that angles are measured on: the last of the training set, or validation images
+SAVE_EVERY = 60.0  # seconds between two checkpoints, at most: what a kill -9 loses
 VALIDATION = 5000  # of CIFAR's 50,000 training images
 
 RULES: dict[str, Callable[..., fb.Rule]] = {
@@ -385,6 +386,7 @@ def _run(
 
     if not (folder / "checkpoint.pt").exists():
         save(0, 0, 0)
+    saved = time.monotonic()
     for run, (seed, method) in list(enumerate(runs))[at["run"] :]:
         net, criterion, optimizer = build(settings, method, seed, data.shape, data.classes)
         base_lr = optimizer.param_groups[0]["lr"]
@@ -420,9 +422,12 @@ def _run(
                     totals += torch.stack((loss.double() * len(y), (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))))
                 done = (run * settings.epochs + epoch) * steps + step + 1
                 accuracy = 100 * totals[1] / totals[2]
-                if watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy)):
-                    seconds += time.perf_counter() - start
-                    save(run, epoch, step + 1, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=seconds)
+                stop = watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy))
+                if stop or time.monotonic() - saved > SAVE_EVERY:
+                    spent = seconds + time.perf_counter() - start
+                    save(run, epoch, step + 1, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=spent)
+                    saved = time.monotonic()
+                if stop:
                     raise KeyboardInterrupt
             train_loss, correct, _ = (totals / data.n).tolist()  # waits for the device
             seconds += time.perf_counter() - start

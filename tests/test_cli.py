@@ -1,6 +1,7 @@
 """The command line, on the embedded digits data set."""
 
 import json
+import random
 import re
 import signal
 import subprocess
@@ -145,6 +146,28 @@ def test_sigint_leaves_a_checkpoint_and_resume_finishes(tmp_path: Path) -> None:
     assert cli.main(["train", *job_of, "--out", str(tmp_path / "whole")]) == 0
     assert same_results(tmp_path / "whole", out)
     assert cli.main(["train", "--resume", str(out)]) == 0  # nothing is left to do
+
+
+def test_kill_9_loses_what_came_after_the_last_checkpoint(tmp_path: Path) -> None:
+    """A checkpoint after every step, and killed at three moments, in the middle of writing one for all we know."""
+    job_of = ["--epochs", "4", "--compare", "", "--train-images", "600", "--threads", "1"]
+    out, rng = tmp_path / "parts", random.Random(0)
+    code = "import sys, fbkernels.train as t, fbkernels.cli as c; t.SAVE_EVERY = 0.0; sys.exit(c.main(sys.argv[1:]))"
+    for how in ([*job_of, "--out", str(out)], ["--resume", str(out)], ["--resume", str(out)]):
+        before = (out / "checkpoint.pt").stat().st_mtime_ns if out.exists() else 0
+        process = subprocess.Popen([sys.executable, "-P", "-c", code, "train", *how], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        path = out / "checkpoint.pt"
+        while process.poll() is None and not (path.exists() and path.stat().st_mtime_ns > before):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, process.communicate()
+        process.kill()
+        process.communicate(timeout=60)
+    reached = job.load_checkpoint(out)[1]
+    assert 0 < reached["epoch"] * 19 + reached["step"] < 4 * 19
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert cli.main(["train", *job_of, "--out", str(tmp_path / "whole")]) == 0
+    assert same_results(tmp_path / "whole", out)
 
 
 def test_lines_newer_than_the_checkpoint_are_replaced(whole: Path, tmp_path: Path) -> None:
