@@ -1,6 +1,7 @@
 """Write bench/results/README.md and bench/figures from the runs in bench/results: ``python bench/report.py``.
 
-A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json.
+A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json. What
+else one should know of it is in note.md.
 Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written.
 """
 
@@ -73,6 +74,8 @@ def table(run: Path) -> str:
         lines.append(f"| {method} | {accuracy} | {loss} | {angle} | {time} |")
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     hardware = ", ".join(f"{name} {value}" for name, value in summary["hardware"].items() if value is not None)
+    note = run / "note.md"
+    lines += ["", note.read_text().strip()] if note.is_file() else []
     return f"\n## {run.name}\n\n`{command(summary['settings'])}`\n\n{versions}; {hardware}\n\n" + "\n".join(lines) + "\n"
 
 
