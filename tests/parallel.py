@@ -192,7 +192,7 @@ def refused(rank: int) -> dict[str, str]:
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(minutes=3))
     results: dict[str, Any] = {}
     try:
         for name in of(world):
