@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import math
@@ -110,9 +111,7 @@ def choose(backend: str, device: torch.device) -> str:
 
 def _kernels() -> Any:
     """The launchers of the Triton kernels, imported at their first use."""
-    from fbkernels import kernels
-
-    return kernels
+    return importlib.import_module("fbkernels.kernels")
 
 
 def check_noise(step: Tensor, point: int, samples: int, units: int, std: float, kind: str, offset: int) -> None:
