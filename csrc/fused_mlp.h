@@ -46,6 +46,12 @@ struct FusedMlpParams {
   FBK_INLINE bool perturbs() const { return rule != MlpRule::fixed && rule != MlpRule::weight_transport; }
   FBK_INLINE bool joint() const { return rule == MlpRule::joint_loss || rule == MlpRule::joint_output; }
   FBK_INLINE int regressions() const { return !perturbs() ? 0 : layerwise ? layers - 1 : 1; }
+  // lr / (sigma^2 n_tot) of the joint rules (SPEC 4)
+  FBK_INLINE double joint_rate() const {
+    int64_t units = 0;
+    for (int l = 0; l + 1 < layers; ++l) units += layer[l].units;
+    return rule_rate / (double(noise_std) * double(noise_std) * double(units > batch ? units : batch));
+  }
   // of the matrix that a ridge factors
   FBK_INLINE int64_t order(int r) const { return downdate ? batch : layer[r].regressors; }
 };

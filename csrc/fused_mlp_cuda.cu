@@ -192,7 +192,7 @@ struct Run {
 
   template <class F>
   __device__ void each_sample(F f) const {
-    for (int n = block + int(warp) * blocks; n < batch; n += int(blocks) * warps) f(n);
+    for (int n = block + warp * blocks; n < batch; n += blocks * warps) f(n);
   }
 
   __device__ float* resident(int offset, float* global, int j, int g, int row) const {
@@ -253,7 +253,7 @@ struct Run {
     for (int l = 0; l < last; ++l) {
       const NoiseParams n{noise_of(of_step, l), &of_step, p.seed, uint32_t(l), p.noise_std, batch, row_of(l), 0};
       const int count = batch * n.per_sample(kind) * threads_per_counter<kind>;
-      for (int t = int(block) * threads + threadIdx.x; t < count; t += int(blocks) * threads) noise_thread<kind>(n, t);
+      for (int t = block * threads + threadIdx.x; t < count; t += blocks * threads) noise_thread<kind>(n, t);
     }
   }
   __device__ void make_noise(int64_t of_step) const {
@@ -390,14 +390,10 @@ struct Run {
 
   // learning B: Q of B <- B + E^T Q
 
-  __device__ double units() const {
-    int sum = 0;
-    for (int l = 0; l < last; ++l) sum += p.layer[l].units;
-    return double(sum > batch ? sum : batch);
-  }
-
-  __device__ float joint_rate() const {
-    return float(p.rule_rate / (double(p.noise_std) * double(p.noise_std) * units()));
+  // of the rows of R laid end to end; zero where the sample does not count
+  __device__ float regressor_at(int r, int i) const {
+    const int m = p.layer[r].regressors, n = i / m;
+    return s.usable[r][n] == 0 ? 0 : regressor(r)[n * regressor_row(r) + i - n * m];
   }
 
   // LMS, and joint on the loss: a gain of each sample's own
@@ -412,7 +408,7 @@ struct Run {
           for (int u = lane; u < p.layer[l].units; u += warp_size) predicted += s.residual[l][n * row_of(l) + u];
         for (int j = lane; j < m; j += warp_size) power += R[j] * R[j];
         predicted = warp_sum(predicted), power = warp_sum(power);
-        gain = joint_rate() * (s.loss_change[n] - predicted) / (power > 1e-30f ? power : 1e-30f);
+        gain = float(p.joint_rate()) * (s.loss_change[n] - predicted) / (power > 1e-30f ? power : 1e-30f);
       }
       const bool use = s.usable[r][n] != 0;
       for (int j = lane; j < m; j += warp_size) s.gain[r][n * m + j] = use ? gain * R[j] : 0;
@@ -436,7 +432,7 @@ struct Run {
       const int j = g * granule + lane / strip<float>, n = c0 + lane % strip<float>;
       if (j >= outputs || n >= batch) return;
       const float change = s.h[last][(batch + n) * row + j] - s.h[last][n * row + j];
-      s.gain[0][n * outputs + j] = s.usable[0][n] == 0 ? 0 : (change - predicted) * joint_rate();
+      s.gain[0][n * outputs + j] = s.usable[0][n] == 0 ? 0 : (change - predicted) * float(p.joint_rate());
     });
   }
 
@@ -476,7 +472,7 @@ struct Run {
     double *S, *inverse, *R, *T;
   };
   __device__ Work work(int r) const {
-    const int square = int(p.order(r) * p.order(r)), wide = int(batch * p.layer[r].regressors);
+    const int square = p.order(r) * p.order(r), wide = batch * p.layer[r].regressors;
     if (work_numbers(p, r) > q.work_numbers) return {s.S[r], s.inverse[r], s.U[r], s.T[r]};
     double* base = reinterpret_cast<double*>(shared + q.work);
     return {base, base + square, base + 2 * square, base + 2 * square + wide};
@@ -484,14 +480,11 @@ struct Run {
 
   // ridge by one block: V <- beta^N V + R^T D R, floored, and Q = D R V^-1
   __device__ void solve(int r) const {
-    const int m = p.layer[r].regressors, row = regressor_row(r);
+    const int m = p.layer[r].regressors;
     double* V = p.layer[r].statistics;
     const auto [S, inverse, R, T] = work(r);
     const double keep = p.forgetting < 1 ? ::pow(p.forgetting, double(batch)) : 1, floor = (1 - keep) * p.rule_rate;
-    for (int i = threadIdx.x; i < batch * m; i += threads) {
-      const int n = i / m;
-      R[i] = s.usable[r][n] == 0 ? 0 : double(regressor(r)[n * row + i - n * m]);
-    }
+    for (int i = threadIdx.x; i < batch * m; i += threads) R[i] = double(regressor_at(r, i));
     __syncthreads();
     for (int i = threadIdx.x; i < m * m; i += threads) {
       const int a = i / m, b = i - a * m;
@@ -524,12 +517,9 @@ struct Run {
 
   // The same by all blocks: the regressors first, then, behind a barrier, the rest.
   __device__ void gather(int r) const {
-    const int m = p.layer[r].regressors, row = regressor_row(r);
     float* R = reinterpret_cast<float*>(s.U[r]);
-    for (int i = block * threads + threadIdx.x; i < batch * m; i += blocks * threads) {
-      const int n = i / m;
-      R[i] = s.usable[r][n] == 0 ? 0 : regressor(r)[n * row + i - n * m];
-    }
+    const int count = batch * p.layer[r].regressors;
+    for (int i = block * threads + threadIdx.x; i < count; i += blocks * threads) R[i] = regressor_at(r, i);
   }
   __device__ void solve_by_all(int r) const {
     RidgeGainParams g{};
@@ -599,7 +589,7 @@ struct Run {
     const int m = p.layer[r].regressors;
     const double *inverse = s.inverse[r], *U = s.U[r];
     double* T = s.T[r];
-    for (int c0 = block * warp_size; c0 < m; c0 += int(blocks) * warp_size) {
+    for (int c0 = block * warp_size; c0 < m; c0 += blocks * warp_size) {
       const int j = c0 + lane < m ? c0 + lane : c0;
       for (int i = warp; i < batch; i += warps) {
         double sum = 0;

@@ -246,17 +246,11 @@ struct Run {
 
   // learning B: Q of B <- B + E^T Q
 
-  double units() const {
-    int64_t sum = 0;
-    for (int l = 0; l < last; ++l) sum += p.layer[l].units;
-    return double(sum > batch ? sum : batch);
-  }
-
   // The serial part of regression r.
   void regress(int r) const {
     const int64_t m = p.layer[r].regressors;
     float* Q = s.gain[r];
-    const double scale = p.rule_rate / (double(p.noise_std) * double(p.noise_std) * units());
+    const double scale = p.joint_rate();
     if (p.rule == MlpRule::joint_output) {
       for (int64_t c = 0; c < pad; c += lanes) {
         f32v use = usable(r, c);

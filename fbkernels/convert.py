@@ -271,30 +271,26 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         TypeError: net is not a converted network.
     """
     root, owner = unwrap(net), owner_of(net)
-    peak = None
+    text, peak = "", None
     if x is not None:
         owner.flush()
         with _Peak() as memory:
-            # a batch of its own size for each output, and a criterion that every output counts in
             root = copy.deepcopy(root).to("meta").train()
             z = root(x.to("meta"))
             PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), root)(z, z.detach()).sum().backward()
             owner_of(root).flush()
-        peak, points = memory.peak, owner_of(root)
-    else:
-        points = owner
+        peak = memory.peak
+        text = f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
+    shown = owner_of(root)
     rows = []
-    for name, point in points.points.items():
+    for name, point in shown.points.items():
         B = point.B
-        size = _bytes(point.state)
         layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
-        rows.append(PointSummary(name, layer, point.index, point.units, shape, size))
+        rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
     title = (
         f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
-        f"{int(owner.skipped)} samples skipped, shared statistics {_bytes(points.state) / 2**20:.2f} MiB"
+        f"{int(owner.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
-    if peak is not None and x is not None:
-        title += f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
     return Summary(rows, title, peak)
 
 

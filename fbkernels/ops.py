@@ -109,6 +109,7 @@ def choose(backend: str, device: torch.device) -> str:
     raise RuntimeError(f"backend {backend!r} cannot take tensors on {device}: move them, or use backend='auto'")
 
 
+@functools.cache
 def _kernels() -> Any:
     """The launchers of the Triton kernels, imported at their first use."""
     return importlib.import_module("fbkernels.kernels")

@@ -91,7 +91,5 @@ def moved(net: fb.FusedMLP, *data: Tensor) -> tuple[fb.FusedMLP, *tuple[Tensor, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ("activations", "loss", "feedback", "rule", "noise_std", "noise", "optimizer", "lr", "warmup", "seed")
     twin = fb.FusedMLP(net.sizes, **{name: getattr(net, name) for name in names}, device=device)
-    if net._inverted:
-        twin._inverted = True
     twin.load_state_dict(net.state_dict())
     return twin, *(t.to(device) for t in data)

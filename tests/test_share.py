@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels import ops, reference
 from fbkernels.loss import owner_of
+from fbkernels.models import resnet18
 
 RULES = [fb.Ridge(0.1), fb.LMS(0.01), fb.Joint(0.2), fb.Joint(0.2, "output"), fb.Fixed()]
 
@@ -158,6 +159,13 @@ def test_checkpoints_and_summary() -> None:
     a, b = net.state_dict(), other.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert [row.units for row in fb.summary(net)] == [3 * 4 * 3, 4 * 2 * 1, 6]
+
+
+def test_units_of_a_resnet() -> None:
+    """The numbers of the README."""
+    x = torch.empty(2, 3, 32, 32, device="meta")
+    for share, units in ((1, 614_400), (4, 38_400), ("channel", 4_800)):
+        assert sum(row.units for row in fb.summary(fb.convert(resnet18((3, 32, 32), 100), share=share), x)) == units
 
 
 def test_bad_settings() -> None:
