@@ -1,0 +1,1 @@
+"""Throughput and the paper's experiments; imported as ``fbkernels.bench``."""
