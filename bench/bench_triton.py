@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
-from rivals import LearnedFeedbackCNN, Stacked, Step, cnn, resnet18
+from rivals import LearnedFeedbackCNN, Stacked, Step, cnn, compiled, resnet18
 from timing import gpu_seconds, in_turns, launches
 from torch import Tensor, nn
 
@@ -63,9 +62,7 @@ def training(net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], x: T
         with torch.autocast(x.device.type, torch.bfloat16):
             return criterion(net(x), y)
 
-    # with code of its own, or all contenders of a benchmark would be variants of one function to dynamo, which allows eight
-    own = FunctionType(forward.__code__.replace(), globals(), closure=forward.__closure__)
-    run = torch.compile(own, fullgraph=True, backend=compiler) if compiler else forward
+    run = compiled(forward, compiler)
 
     def step() -> Tensor:
         loss = run(x, y)

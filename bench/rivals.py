@@ -6,7 +6,10 @@ A step is a function without arguments that trains on the next batch and returns
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from itertools import pairwise
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,15 +20,34 @@ Step = Callable[[], Any]
 aten = torch.ops.aten
 
 
+def compiled(run: Callable[..., Any], compiler: str | None) -> Callable[..., Any]:
+    """By torch.compile's backend of that name; None: as it is."""
+    if compiler is None:
+        return run
+    # with code of its own, or all contenders of a benchmark would be variants of one function to dynamo, which allows eight
+    own = FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, fullgraph=True, backend=compiler)
+
+
 def backprop(
-    net: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor], batches: Callable[[], tuple[Tensor, Tensor]], lr: float, **options: bool
+    net: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    batches: Callable[[], tuple[Tensor, Tensor]],
+    lr: float,
+    compiler: str | None = None,
+    **options: bool,
 ) -> Step:
-    """As everybody writes it; ``options`` of ``torch.optim.SGD``."""
+    """As everybody writes it, forward pass and loss, and so their backward pass, ``compiled``; ``options`` of ``torch.optim.SGD``."""
     optimizer = torch.optim.SGD(net.parameters(), lr, **options)
+
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return criterion(net(x), y)
+
+    run = compiled(forward, compiler)
 
     def step() -> Tensor:
         x, y = batches()
-        loss = criterion(net(x), y)
+        loss = run(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -405,26 +427,114 @@ class Pointwise:
         return h, where, p
 
 
+def _product(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight)
+    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+
+
+def _streams(layer: nn.Conv2d | nn.Linear, x: Tensor, p: Tensor, cat: bool) -> Sequence[Tensor]:
+    """One product of a library for both streams, or one for each."""
+    return _product(layer, torch.cat((x, p))).chunk(2) if cat else (_product(layer, x), _product(layer, p))
+
+
+def _bias(layer: nn.Conv2d | nn.Linear) -> Tensor | float:
+    return 0.0 if layer.bias is None else layer.bias.view(-1, *(1,) * (layer.weight.ndim - 2))
+
+
 class Stacked:
     """A layer, relu and noise on both streams: one product of a library for both, ``cat([x, p])``, or one for each; the rest compiled."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, x: Tensor, p: Tensor, std: float, cat: bool, compiler: str = "inductor") -> None:
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, x: Tensor, p: Tensor, std: float, cat: bool, compiler: str | None = "inductor"
+    ) -> None:
         self.layer, self.x, self.p, self.cat = layer, x, p, cat
-        bias = layer.bias.view(-1, *(1,) * (x.ndim - 2))
+        bias = _bias(layer)
 
         def epilogue(z: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
             return F.relu(z + bias), torch.add(F.relu(q + bias), torch.randn_like(q), alpha=std)
 
-        self.epilogue = torch.compile(epilogue, backend=compiler)
+        self.epilogue = compiled(epilogue, compiler)
 
     def product(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, layer.weight)
-        return F.conv2d(x, layer.weight, None, layer.stride, layer.padding)
+        return _product(self.layer, x)
 
     @torch.no_grad()
     def __call__(self) -> tuple[Tensor, Tensor]:
-        streams = self.product(torch.cat((self.x, self.p))).chunk(2) if self.cat else (self.product(self.x), self.product(self.p))
-        h: tuple[Tensor, Tensor] = self.epilogue(*streams)
+        h: tuple[Tensor, Tensor] = self.epilogue(*_streams(self.layer, self.x, self.p, self.cat))
         return h
+
+
+def units(t: Tensor) -> Tensor:
+    """[samples, units], a map's numbered channels-last."""
+    return t.permute(0, 2, 3, 1).flatten(1) if t.ndim == 4 else t
+
+
+def weight_gradient(layer: nn.Conv2d | nn.Linear, delta: Tensor, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return delta.t() @ x
+    how = (layer.stride, layer.padding, layer.dilation, False, (0, 0), layer.groups, (False, True, False))
+    out: Tensor = aten.convolution_backward.default(delta, x, layer.weight, None, *how)[1]
+    return out
+
+
+def learned_layer(
+    layer: nn.Conv2d | nn.Linear,
+    x: Tensor,
+    p: Tensor,
+    e: Tensor,
+    B: Tensor,
+    M: Tensor,
+    G: Tensor,
+    std: float,
+    cat: bool,
+    compiler: str | None = None,
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A layer's part of a step of direct learned feedback: relu and noise on both streams, the error through B, the gradient of W and b
+    (the bias), and ``B (I - M) + Xi^T G``. All of it compiled, the products by the libraries."""
+    bias = _bias(layer)
+
+    def part(x: Tensor, p: Tensor, e: Tensor, B: Tensor, M: Tensor, G: Tensor) -> tuple[Tensor, ...]:
+        z, q = _streams(layer, x, p, cat)
+        h, xi = F.relu(z + bias), torch.randn_like(q).mul_(std)
+        error = e @ B.t()
+        if h.ndim == 4:
+            error = error.view(len(h), *h.shape[2:], h.shape[1]).permute(0, 3, 1, 2)
+        delta = aten.threshold_backward.default(error, h, 0)
+        gradients = weight_gradient(layer, delta, x), delta.sum((0, 2, 3)[: h.ndim - 1])
+        return h, F.relu(q + bias) + xi, *gradients, torch.addmm(B, B, M, alpha=-1).addmm_(units(xi).t(), G)
+
+    run = compiled(part, compiler)
+
+    @torch.no_grad()
+    def call() -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = run(x, p, e, B, M, G)
+        return out
+
+    return call
+
+
+def backprop_layer(layer: nn.Module, x: Tensor, g: Tensor, compiler: str | None = None) -> Callable[[], tuple[Tensor, ...]]:
+    """A layer's part of a step of backprop: relu, the gradients of its input and its parameters."""
+    x = x.detach().requires_grad_()
+    wanted = (x, *(p for p in layer.parameters() if p.requires_grad))
+
+    def forward(x: Tensor) -> Tensor:
+        return F.relu(layer(x))
+
+    run = compiled(forward, compiler)
+    return lambda: torch.autograd.grad(run(x), wanted, g)
+
+
+# BioTorch (Sanfiz & Akrout 2021), where it is installed: `pip install --no-deps biotorch`, as its layers need torch alone
+
+
+def biotorch(net: nn.Module, mode: str, outputs: int, y: Tensor, criterion: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    """Their layers in place of the network's: "fa", feedback alignment, or "dfa", direct, whose forward pass takes targets and loss."""
+    from biotorch.module.biomodule import BioModule
+
+    with redirect_stdout(StringIO()):
+        bio: nn.Module = BioModule(net, mode, output_dim=outputs)
+    if mode == "dfa":
+        bio.register_forward_pre_hook(lambda _, args: (args[0], y, criterion))
+    return bio

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says on stderr when it starts and stops
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -33,15 +38,38 @@ def _cache_filler() -> torch.Tensor:
     return torch.empty(2**28, dtype=torch.int8, device="cuda")
 
 
+def cold() -> None:
+    """Fill the GPU's cache with something else."""
+    _cache_filler().zero_()
+
+
 def gpu_seconds(run: Callable[[], Any]) -> float:
     """On the current stream, from a cold cache; what is queued while the cache is filled with something else need not be waited for."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _cache_filler().zero_()
+    cold()
     start.record()
     run()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+class EventClock:
+    """The GPU's own time, for ``pytest.mark.benchmark(timer=)``: what passed on the stream between each odd call and the even one after."""
+
+    def __init__(self) -> None:
+        self.total, self.start = 0.0, None
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self.start is None:
+            self.start = event
+        else:
+            event.synchronize()
+            self.total += self.start.elapsed_time(event) / 1e3
+            self.start = None
+        return self.total
 
 
 def in_turns(
@@ -54,10 +82,10 @@ def in_turns(
     return {name: statistics.median(column) for name, column in zip(contenders, zip(*times, strict=True), strict=True)}
 
 
-def rate(work: float, run: Callable[[], Any]) -> float:
+def rate(work: float, run: Callable[[], Any], clock: Callable[[Callable[[], Any]], float] = seconds) -> float:
     """1e9 units of work a second, at best."""
     run()
-    return work / min(seconds(run) for _ in range(9)) / 1e9
+    return work / min(clock(run) for _ in range(9)) / 1e9
 
 
 def fastest(times: Mapping[str, float], prefix: str) -> float:
@@ -66,18 +94,46 @@ def fastest(times: Mapping[str, float], prefix: str) -> float:
 
 
 @functools.cache
-def roofline(threads: int) -> dict[str, float]:
+def roofline(threads: int, device: str = "cpu") -> dict[str, float]:
     """The rates that bound every contender here: GEMM in 1e9 multiply-adds a second, copy in 1e9 bytes read or written a second."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    rates = {}
+    rates, clock, n = {}, seconds, 2048
+    if device.startswith("cuda"):
+        clock, n = gpu_seconds, 8192
     for dtype in (torch.float32, torch.float64):
-        a, b, out = (torch.rand(2048, 2048, dtype=dtype) for _ in range(3))
-        rates[f"gemm_{str(dtype)[6:]}_gmac_s"] = rate(2048**3, functools.partial(torch.mm, a, b, out=out))
-    source, target = torch.rand(2**26), torch.rand(2**26)
-    rates["copy_gb_s"] = rate(2 * 2**28, lambda: target.copy_(source))
+        a, b, out = (torch.rand(n, n, dtype=dtype, device=device) for _ in range(3))
+        rates[f"gemm_{str(dtype)[6:]}_gmac_s"] = rate(n**3, functools.partial(torch.mm, a, b, out=out), clock)
+    source, target = torch.rand(2, 2**26, device=device)
+    rates["copy_gb_s"] = rate(2 * 2**28, lambda: target.copy_(source), clock)
     torch.set_num_threads(before)
     return rates
+
+
+def allocated(build: Callable[[], Callable[[], Any]], device: str) -> tuple[Callable[[], Any], int]:
+    """A run, built and warm, and the bytes of torch's allocator that it and the hungriest moment of a call hold.
+
+    What libraries and our own compiled code take for themselves is not among them: ``peak_memory`` sees that, in a process of its own.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        run = build()
+        repeat(run, 3)()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        run(), torch.cuda.synchronize()
+        return run, torch.cuda.max_memory_allocated() - before
+    gc.collect()  # or what earlier runs left would be given back in this one
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run = build()
+        repeat(run, 3)()
+        with torch.profiler.record_function("measured"):
+            run()
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    start = next(e.start_ns() for e in events if e.name() == "measured")
+    held = list(itertools.accumulate((e.nbytes() for e in events if e.name() == "[memory]"), initial=0))
+    return run, max(held[sum(e.name() == "[memory]" and e.start_ns() < start for e in events) :])
 
 
 def launches(run: Callable[[], Any]) -> list[str]:

@@ -1,11 +1,15 @@
-"""The command line: ``fbkernels train`` and ``fbkernels info``."""
+"""The command line: ``fbkernels train``, ``fbkernels bench`` and ``fbkernels info``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +19,7 @@ from rich.table import Table
 
 import fbkernels as fb
 from fbkernels import train as job
+from fbkernels._check import integer, one_of
 from fbkernels.data import NAMES
 from fbkernels.models import MODELS
 
@@ -44,6 +49,13 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = _names(text)
+    if len(sizes) < 3 or not all(n.isdecimal() and int(n) for n in sizes) or int(sizes[-1]) < 2:
+        raise argparse.ArgumentTypeError(f"expected an input, hidden layers and two or more classes, such as 784,50,20,10, got {text!r}")
+    return tuple(map(int, sizes))
+
+
 def _rule_arg(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
@@ -54,8 +66,25 @@ def _rule_arg(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fbkernels", description="Train networks by learned feedback weights.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
     commands.add_parser("info", help="versions, backends and what the compiled part contains", allow_abbrev=False)
+    p = commands.add_parser(
+        "bench",
+        help="time a network of yours, ours against its rivals",
+        allow_abbrev=False,
+        description="Time fbkernels against backprop and what else torch can do, on this machine, in turns. Without --op, --layer, --step "
+        "or --sweep: --layer and --step. OMP_NUM_THREADS sets the threads.",
+    )
+    p.add_argument("--op", nargs="*", metavar="NAME", help="ops on the network's hardest layer; default: all of them")
+    p.add_argument("--layer", action="store_true", help="that layer's part of a training step")
+    p.add_argument("--step", action="store_true", help="a whole training step")
+    p.add_argument("--sweep", nargs="*", metavar="AXIS", help="how a step's cost grows with batch, width, classes, depth: minutes")
+    network = p.add_mutually_exclusive_group()
+    network.add_argument("--model", choices=tuple(MODELS), default="mlp", help="default: mlp")
+    network.add_argument("--sizes", type=_sizes, metavar="N,N,...", help="of a tanh network: input, hidden layers, classes")
+    p.add_argument("--batch", type=int, default=64, metavar="N", help="default: 64")
+    p.add_argument("--device", default="cpu", help="default: cpu")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     # options that are not given stay out of the namespace: --resume compares the others with the run's
     p = commands.add_parser(
         "train",
@@ -215,6 +244,35 @@ def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:
     return table
 
 
+def _bench(given: dict[str, Any]) -> int:
+    from fbkernels.bench import suite
+
+    batch, device = integer("--batch", given["batch"], 2), given["device"]
+    problem = suite.mlp(given["sizes"], batch, device) if given["sizes"] else suite.model(given["model"], batch, device)
+
+    def names(option: str, known: Sequence[str]) -> list[str]:
+        values = given[option]
+        return [] if values is None else [one_of(f"--{option}", name, known) for name in values or known]
+
+    cases: list[Callable[[], suite.Case]] = [partial(suite.op, name, problem) for name in names("op", suite.op_names(problem))]
+    sweeps = names("sweep", tuple(suite.SWEEPS))
+    default = not (cases or sweeps or given["layer"] or given["step"])
+    cases += [partial(suite.layer, problem)] * (given["layer"] or default) + [partial(suite.step, problem)] * (given["step"] or default)
+    cases += [partial(suite.sweep, axis, value, device) for axis in sweeps for value in suite.SWEEPS[axis]]
+
+    console, record = Console(), {**suite.machine(device), "cases": []}
+    console.print(record["gpu"] or f"{record['cpu']}, {record['threads']} threads", f"load {record['load'][0]:.2f}", sep=", ")
+    for build in cases:
+        with Console(stderr=True).status("measuring"), warnings.catch_warnings(action="ignore"):  # of torch, at rivals
+            case = build()
+            rows = suite.measure(case, device)
+        console.print(suite.table(case, rows))
+        record["cases"].append({"name": case.name, "baseline": case.baseline, "rows": rows})
+    if given["json"]:
+        given["json"].write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
 def _info() -> int:
     table = Table("what", "value", show_header=False, box=None)
     for title, rows in (("versions", job.versions()), ("backends", fb.backends()), ("build", fb.build_info())):
@@ -230,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(_parser().parse_args(argv))
     command = given.pop("command")
     try:
-        return _train(given) if command == "train" else _info()
+        return {"train": _train, "bench": _bench}[command](given) if command != "info" else _info()
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         print(f"fbkernels {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
