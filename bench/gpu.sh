@@ -44,14 +44,15 @@ if python3 -P -c 'import pytest' 2>/dev/null; then
   [ $gpu -ne 0 ] || part test_gpu 60 $pytest -rs tests/test_gpu.py tests/test_fused_mlp_cuda.py
   if python3 -P -c 'import hypothesis' 2>/dev/null; then
     # Triton's kernels are compiled for this GPU, and for the others by test_aot.py
-    part tests 115 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py --ignore=tests/test_fused_mlp_cuda.py
+    part tests 100 $pytest -n auto --durations=10 --ignore=tests/test_gpu.py --ignore=tests/test_fused_mlp_cuda.py
   else
     echo "== tests: left out, no hypothesis"
   fi
   if python3 -P -c 'import pytest_benchmark' 2>/dev/null; then
     # the other files measure the CPU; what is short and compiles little first
     part bench_fused_mlp 40 $pytest bench/bench_fused_mlp_cuda.py --benchmark-json="$out/gpu_fused_mlp.json"
-    part bench_pieces 55 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
+    part bench_pieces 45 $pytest bench/bench_triton.py -k "not step" --benchmark-json="$out/gpu_pieces.json"
+    part bench_suite 35 $pytest bench/bench_suite.py -k "op or layer" --benchmark-json="$out/gpu_suite.json"
     part bench_cnn 40 $pytest bench/bench_triton.py -k "step and cnn" --benchmark-json="$out/gpu_cnn.json"
     part bench_resnet18 40 $pytest bench/bench_triton.py -k "step and resnet18" --benchmark-json="$out/gpu_resnet18.json"
   else
@@ -61,7 +62,7 @@ if python3 -P -c 'import pytest' 2>/dev/null; then
     part racecheck 20 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/test_fused_mlp_cuda.py -k "cutting and sgd and cuts0"
     part racecheck_ops 20 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/test_cuda_ops.py -k order_of_threads
     # without torch's allocator, which hides what is read behind a tensor
-    part sanitizer 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
+    part sanitizer 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
       --error-exitcode 9 $pytest tests/test_gpu.py tests/test_fused_mlp_cuda.py tests/test_cuda_ops.py \
       -k "in_bf16 or reference_on_the_device or as_exact or one_launch or cutting and cuts0 or order_of_threads"
   else

@@ -1,17 +1,21 @@
-"""Write bench/results/README.md and bench/figures from the runs in bench/results: ``python bench/report.py``.
+"""Write bench/results/README.md and bench/figures from the raw files in bench/results: ``python bench/report.py``.
 
 A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json. What
 else one should know of it is in note.md.
-Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written.
+Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written, cpu.json and those of bench/gpu.sh.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
+from fbkernels.bench.suite import SWEEPS, figure
 from fbkernels.plot import curves
 from fbkernels.train import recipe
 
@@ -79,8 +83,242 @@ def table(run: Path) -> str:
     return f"\n## {run.name}\n\n`{command(summary['settings'])}`\n\n{versions}; {hardware}\n\n" + "\n".join(lines) + "\n"
 
 
-def figure(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+class Target(NamedTuple):
+    """A row of DESIGN.md's "How fast": a number that ``value`` finds in the benchmarks, at least or at most ``bound``."""
+
+    work: str
+    rival: str
+    relation: str
+    bound: float
+    value: Callable[[dict[str, Any]], float]
+
+
+def _noise(kind: str, shape: str) -> Callable[[dict[str, Any]], float]:
+    def value(b: dict[str, Any]) -> float:
+        names = [n for n in b if n.startswith(f"bench_noise::test_noise[{kind}-{shape}-") and n.endswith("2]")]
+        times = b[names[0] if names else "bench_noise"]["median_ns"]
+        return float(times["torch.randn, per element"] / times["ours, per element"])
+
+    return value
+
+
+def _classifier(b: dict[str, Any]) -> dict[str, float]:
+    return b["bench_fused_mlp::test_classifier[mse]"]["speedup"]  # type: ignore[no-any-return]
+
+
+def _best(values: dict[str, float], prefix: str = "ours") -> float:
+    return min(v for k, v in values.items() if k.startswith(prefix))
+
+
+def _some(b: dict[str, Any], prefix: str) -> list[Any]:
+    return [info for name, info in b.items() if name.startswith(prefix)] or b[prefix]  # type: ignore[no-any-return]  # or KeyError
+
+
+CPU = [
+    Target("FusedMLP 784-50-20-10, a step", "best eager ridge", ">=", 6, lambda b: _best(_classifier(b), "ridge")),
+    Target("the same", "eager backprop, torch.optim", ">=", 5, lambda b: _classifier(b)["backprop with torch.optim"]),
+    Target("the same", "eager backprop without an optimiser object", ">=", 5, lambda b: _classifier(b)["backprop by autograd"]),
+    Target(
+        "FusedMLP 784-200-2-200-784, a step",
+        "eager ridge, torch.linalg.solve",
+        ">=",
+        10,
+        lambda b: b["bench_fused_mlp::test_autoencoder"]["speedup"]["ridge solve"],
+    ),
+    Target(
+        "the paper's CNN, ridge: share of a step's time",
+        "eager backprop, the faster layout",
+        "<=",
+        0.85,
+        lambda b: b["bench_cnn::test_step[default]"]["time_over_backprop"]["ours ridge"],
+    ),
+    Target("the same", "careful eager", ">=", 1.35, lambda b: b["bench_cnn::test_step[default]"]["speedup_over_eager"]["ridge"]),
+    Target("pointwise and B's update, 24,576 units", "eager", ">=", 2.5, lambda b: b["bench_pointwise::test_pointwise[2]"]["speedup"]),
+    Target("Gaussian noise, 64 x 24,576", "torch.randn", ">=", 2, _noise("gaussian", "64x24576")),
+    Target("Gaussian noise, 32 x 50", "torch.randn", ">=", 2, _noise("gaussian", "32x50")),
+    Target("Rademacher noise, 64 x 24,576", "torch.randn", ">=", 15, _noise("rademacher", "64x24576")),
+    Target("Rademacher noise, 32 x 50", "torch.randn", ">=", 15, _noise("rademacher", "32x50")),
+    Target(
+        "peak memory of the CNN's step",
+        "backprop's and B and statistics",
+        "<=",
+        1,
+        lambda b: (m := b["bench_cnn::test_memory"])["peak_mib"]["ours ridge"] / m["limit_mib"],
+    ),
+]
+GPU = [
+    Target(
+        "the paper's CNN, batch 512, bf16: share of a step's time",
+        "compiled backprop",
+        "<=",
+        0.9,
+        lambda b: _best(b["bench_triton::test_step[cnn]"]["time_over_compiled_backprop"]),
+    ),
+    Target(
+        "the same",
+        "eager learned feedback",
+        ">=",
+        3,
+        lambda b: _best(m := b["bench_triton::test_step[cnn]"]["median_ms"], "eager") / _best(m),
+    ),
+    Target(
+        "ResNet-18, batch 512: share of a step's time",
+        "compiled backprop",
+        "<=",
+        1.1,
+        lambda b: _best(b["bench_triton::test_step[resnet18]"]["time_over_compiled_backprop"]),
+    ),
+    Target(
+        "B's update, the slowest of its shapes",
+        "copy",
+        ">=",
+        0.8,
+        lambda b: min(max(v for k, v in i["share_of_copy"].items() if k != "copy") for i in _some(b, "bench_triton::test_update[")),
+    ),
+    Target(
+        "a layer in one launch, the slowest: share of its time",
+        "cat([x, p]) and compiled epilogue",
+        "<=",
+        1,
+        lambda b: max(i["time_over_compiled"]["ours"] for i in _some(b, "bench_triton::test_layer[")),
+    ),
+    *(
+        Target(
+            f"FusedMLP, {name}",
+            "compiled backprop, reduce-overhead",
+            ">=",
+            5,
+            lambda b, name=name: b[f"bench_fused_mlp_cuda::test_step[{name}]"]["times_ours"]["backprop, compiled"],
+        )
+        for name in ("classifier", "autoencoder")
+    ),
+    Target(
+        "launches of a layer: forward, noise and B's update",
+        "",
+        "<=",
+        1,
+        lambda b: max(b["bench_triton::test_launches"]["launches"][name] for name in ("perturbed_linear", "perturbed_conv2d")),
+    ),
+]
+
+
+def extra(files: list[Path]) -> dict[str, Any]:
+    """``extra_info`` of each benchmark, as FILE::NAME."""
+    found = (b for path in files for b in json.loads(path.read_text())["benchmarks"])
+    return {f"{Path(b['fullname'].partition('::')[0]).stem}::{b['name']}": b["extra_info"] for b in found}
+
+
+def targets(info: dict[str, Any]) -> str:
+    lines = ["| machine | work | rival | target | measured | |", "| --- | --- | --- | --- | --- | --- |"]
+    for machine, rows in (("two CPU cores", CPU), ("one Hopper GPU", GPU)):
+        for t in rows:
+            try:
+                value = t.value(info)
+            except (KeyError, ValueError):
+                measured, verdict = "-", "not measured"
+            else:
+                met = value >= t.bound if t.relation == ">=" else value <= t.bound
+                measured, verdict = figure(value), "met" if met else "**not met**"
+            lines.append(f"| {machine} | {t.work} | {t.rival} | {t.relation} {t.bound:g} | {measured} | {verdict} |")
+    return "\n## Targets\n\nTimes faster than the rival, where the work does not say otherwise.\n\n" + "\n".join(lines) + "\n"
+
+
+def cases(info: dict[str, Any]) -> Iterator[str]:
+    """A table for each op, layer and step of bench_suite.py."""
+    heads = {
+        "us": "us",
+        "ratio": "ratio",
+        "mflop": "MFLOP",
+        "kb": "kB",
+        "gflop_s": "GFLOP/s",
+        "gb_s": "GB/s",
+        "roofline": "% of roofline",
+        "peak_kib": "peak KiB",
+        "launches": "launches",
+        "host_us": "host us",
+    }
+    for name, b in info.items():
+        if not name.startswith("bench_suite::") or "sweep" in name:
+            continue
+        for case in b["cases"]:
+            where = f"{b['gpu'] or b['cpu']}, {b['threads']} threads, torch {b['torch']}, load {b['load'][0]:.1f}"
+            yield f"\n### {case['name']}\n\n{where}; ratio to {case['baseline']}.\n"
+            yield "| provider | " + " | ".join(heads.values()) + " |"
+            yield "| --- " * (len(heads) + 1) + "|"
+            for row in case["rows"]:
+                numbers = ("-" if row.get(key) is None else figure(row[key]) for key in heads)
+                yield (
+                    f"| {row['provider']} | {' | '.join(numbers)} |" if "us" in row else f"| {row['provider']} | failed: {row['failed']} |"
+                )
+            if not any(row["provider"].startswith("BioTorch") for row in case["rows"]) and case["baseline"] == "backprop":
+                yield "\nBioTorch was not installed."
+
+
+def lost(path: Path) -> str:
+    """The benchmarks in which a rival is faster than ours."""
+    slower = []
+    for b in json.loads(path.read_text())["benchmarks"]:
+        info, name = b["extra_info"], b["name"].removeprefix("test_")
+        groups = [(name, times) for unit in ("ms", "us", "ns") if (times := info.get(f"median_{unit}"))]
+        groups += [(c["name"], {r["provider"]: r["us"] for r in c["rows"] if "us" in r}) for c in info.get("cases", ())]
+        for title, times in groups:
+            mine = [v for k, v in times.items() if k.startswith("ours") or k == "per element"]
+            rest = {k: v for k, v in times.items() if not k.startswith("ours") and "copy" not in k}
+            if mine and rest and min(mine) > min(rest.values()):
+                best = min(rest, key=lambda k: rest[k])
+                slower.append(f"| {title} | {best} | {min(mine) / rest[best]:.2f} |")
+    if not slower:
+        return ""
+    return "\n### Lost\n\n| benchmark | the fastest | our time over its |\n| --- | --- | --- |\n" + "\n".join(slower) + "\n"
+
+
+def speed(info: dict[str, Any], hardware: str, out: Path) -> None:
+    """A step's time over backprop's, a group of bars for each network; above each, the time itself."""
+    networks: dict[str, dict[str, float]] = {}  # ms
+    for name, title in (
+        ("test_classifier[mse]", "784-50-20-10\nFusedMLP, batch 32"),
+        ("test_autoencoder", "784-200-2-200-784\nFusedMLP, batch 32"),
+    ):
+        times = {k: v / 1e3 for k, v in info[f"bench_fused_mlp::{name}"]["median_us"].items()}
+        networks[title] = {"backprop": _best(times, "backprop with"), "careful eager": _best(times, "ridge"), "ours": _best(times)}
+    times = info["bench_cnn::test_step[default]"]["median_ms"]
+    backprop = min(times["backprop"], times["backprop nchw"])
+    networks["the paper's CNN\nbatch 64"] = {"backprop": backprop, "careful eager": times["eager ridge"], "ours": times["ours ridge"]}
+
+    picture = Figure(figsize=(7, 4), layout="constrained")
+    axes = picture.add_subplot(ylabel="time of a step / backprop's")
+    axes.set_title(f"ridge learned feedback on {hardware}", fontsize=10)
+    for i, (label, color) in enumerate((("backprop", "C7"), ("careful eager", "C1"), ("ours", "C0"))):
+        heights = [times[label] / times["backprop"] for times in networks.values()]
+        bars = axes.bar([x + 0.27 * (i - 1) for x in range(len(networks))], heights, 0.25, label=label, color=color)
+        axes.bar_label(bars, [f"{times[label]:.3g} ms" for times in networks.values()], fontsize=8)
+    axes.set_xticks(range(len(networks)), list(networks))
+    axes.axhline(1, color="gray", linewidth=0.8)
+    axes.margins(y=0.1)
+    axes.legend()
+    picture.savefig(out, dpi=150)
+
+
+def sweeps(info: dict[str, Any], out: Path) -> None:
+    """How a step's time grows with batch, width, classes and depth."""
+    picture = Figure(figsize=(8, 6), layout="constrained")
+    for axes, axis in zip(picture.subplots(2, 2).flatten(), SWEEPS, strict=True):
+        b = info[f"bench_suite::test_sweep[{axis}]"]
+        rows = [(int(case["at"]), row) for case in b["cases"] for row in case["rows"]]
+        for provider, color in (("backprop", "C7"), ("ours ridge", "C0"), ("ours joint", "C2")):
+            points = [(at, row["us"] / 1e3) for at, row in rows if row["provider"] == provider]
+            axes.plot(*zip(*points, strict=True), marker=".", label=provider, color=color)
+        axes.set(xlabel=axis, xscale="log", yscale="log", ylabel="ms a step")
+        axes.set_xticks(SWEEPS[axis], [f"{n:,}" for n in SWEEPS[axis]])
+        axes.minorticks_off()
+    axes.legend()
+    picture.suptitle(f"784-256-256-256-10, batch 64, direct feedback; {b['gpu'] or b['cpu']}, {b['threads']} threads", fontsize=10)
+    picture.savefig(out, dpi=150)
+
+
+def hardware(path: Path) -> str:
+    cpu = json.loads(path.read_text())["machine_info"]
+    return f"{cpu['cpu'].get('brand_raw', cpu['processor'])}, {cpu['cpu'].get('count', '?')} cores"
 
 
 def timings(path: Path) -> str:
@@ -107,8 +345,7 @@ def timings(path: Path) -> str:
                 rest = ", ".join(f"{k} {figure(v)} ({v / best:.2f})" for k, v in times.items() if k not in mine)
                 lines.append(f"| {name} | {ours} | {rest} |")
     heading = f"\n## {path.stem}\n\n`pytest bench --benchmark-json={path.stem}.json`, medians of calls in turns\n"
-    cpu = machine["cpu"].get("brand_raw", machine["processor"])
-    where = f"{cpu}, {machine['cpu'].get('count', '?')} cores, python {machine['python_version']}; {data['datetime'][:10]}"
+    where = f"{hardware(path)}, python {machine['python_version']}; {data['datetime'][:10]}"
     roof = ", ".join(f"{k} {figure(v)}" for k, v in sorted(rates.items()))
     return f"{heading}\n{where}\n\n" + "\n".join(lines) + f"\n\nThe machine's own rates in the same run: {roof}.\n"
 
@@ -130,14 +367,21 @@ def sharing(path: Path) -> str:
 
 
 def main() -> None:
+    figures = RESULTS.parent / "figures"
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     benchmarks = sorted(path for path in RESULTS.glob("*.json") if "benchmarks" in json.loads(path.read_text()))
     shared = sharing(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
-    (RESULTS / "README.md").write_text(HEAD + "".join(map(timings, benchmarks)) + "".join(map(table, runs)) + shared)
+    info = extra(benchmarks)
+    tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks)]
+    suite = "\n".join(cases(info))
+    tables += [f"\n## Ops, layers and steps\n{suite}\n"] if suite else []
+    (RESULTS / "README.md").write_text(HEAD + "".join(tables) + "".join(map(table, runs)) + shared)
+    speed(info, hardware(RESULTS / "cpu.json"), figures / "speed.png")
+    if "bench_suite::test_sweep[batch]" in info:
+        sweeps(info, figures / "sweep.png")
     for run in runs:
-        figures = RESULTS.parent / "figures" / run.name
-        figures.mkdir(parents=True, exist_ok=True)
-        curves(records(run), figures)
+        (figures / run.name).mkdir(parents=True, exist_ok=True)
+        curves(records(run), figures / run.name)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import bench_noise
 import bench_pointwise
 import bench_suite
 import pytest
+import report
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +22,7 @@ from fbkernels import cli
 from fbkernels.bench import rivals, suite, timing
 
 RATES = {"gemm_float32_gmac_s": 2.0, "gemm_float64_gmac_s": 1.0, "copy_gb_s": 4.0}
+OVERHEAD = suite._overhead
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -43,6 +45,8 @@ def _quick(monkeypatch):
         monkeypatch.setattr(module, "in_turns", once)
         monkeypatch.setattr(module, "roofline", lambda *_: RATES, raising=False)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(suite, "backends", lambda device: ("cpp", "reference"))  # Triton's interpreter takes minutes
+    monkeypatch.setattr(suite, "_overhead", lambda case: {})
 
 
 def small(problem):
@@ -102,16 +106,18 @@ def test_layers(name):
 
 
 @pytest.mark.parametrize("name", bench_suite.STEPS)
-def test_steps(monkeypatch, name):
-    monkeypatch.setattr(suite, "backends", lambda device: ("cpp", "reference"))  # Triton's interpreter takes minutes
-    measured = rows(suite.step(small(bench_suite.STEPS[name])))
-    assert {"ours ridge, cpp", "ours joint, compiled", "backprop, compiled"} <= measured.keys()
+def test_steps(name):
+    problem = small(bench_suite.STEPS[name])
+    if name != "mlp":
+        problem = replace(problem, compiler=None)  # test_bench_triton.py compiles convnets
+    measured = rows(suite.step(problem))
+    assert {"ours ridge, cpp", "ours joint, cpp", "backprop"} <= measured.keys()
+    assert ("ours joint, compiled" in measured) == (name == "mlp")
 
 
 @pytest.mark.parametrize("axis", suite.SWEEPS)
 def test_sweeps(monkeypatch, axis):
     monkeypatch.setitem(suite.SWEEPS, axis, (2, 3))
-    monkeypatch.setattr(suite, "backends", lambda device: ("cpp",))
     bench_suite.test_sweep(once := Once(), axis)
     assert [case["at"] for case in once.extra_info["cases"]] == ["2", "3"]
 
@@ -194,12 +200,13 @@ def test_event_clock_skips_what_lies_between(monkeypatch):
 
 def test_command(monkeypatch, capsys, tmp_path):
     mlp = suite.mlp
+    monkeypatch.setattr(suite, "_overhead", OVERHEAD)
     monkeypatch.setattr(suite, "mlp", lambda *args: replace(mlp(*args), compiler=None))
-    monkeypatch.setattr(suite, "backends", lambda device: ("cpp",))
     out = tmp_path / "bench.json"
     assert cli.main(["bench", "--op", "noise", "--step", "--sizes", "5,4,3", "--batch", "2", "--json", str(out)]) == 0
     record = json.loads(out.read_text())
     assert [case["name"] for case in record["cases"]] == ["noise, linear 5-4, batch 2, 3 classes", "step of 5-4-3, batch 2"]
+    assert all(row["host_us"] > 0 for case in record["cases"] for row in case["rows"])
     assert record["rates"] == RATES and record["threads"] == 1
     assert "ours, FusedMLP" in capsys.readouterr().out
 
@@ -221,3 +228,37 @@ def test_bad_input(arguments, message, capsys):
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_report_finds_every_target_of_the_cpu():
+    info = report.extra([report.RESULTS / "cpu.json"])
+    assert all(math.isfinite(t.value(info)) for t in report.CPU)
+    text = report.targets(info)
+    assert text.count("not measured") == len(report.GPU)
+    page = (report.RESULTS / "README.md").read_text()
+    assert text in page and report.lost(report.RESULTS / "cpu.json") in page
+
+
+def test_report_reads_what_the_suite_writes(tmp_path):
+    record = {"gpu": None, "cpu": "a processor", "threads": 1, "torch": "2", "load": [0.5, 0, 0]}
+    rows = [
+        {"provider": name, "us": us, "ratio": us / 4, "launches": None}
+        for name, us in (("ours ridge", 5.0), ("ours joint", 3.0), ("backprop", 4.0))
+    ]
+    info = {
+        f"bench_suite::test_sweep[{a}]": record | {"cases": [{"at": str(n), "name": "", "rows": rows} for n in v]}
+        for a, v in suite.SWEEPS.items()
+    }
+    info["bench_suite::test_op[x]"] = record | {
+        "cases": [{"name": "x", "baseline": "backprop", "rows": [*rows, {"provider": "z", "failed": "no"}]}]
+    }
+    lines = list(report.cases(info))
+    assert "a processor, 1 threads, torch 2, load 0.5; ratio to backprop" in lines[0]
+    assert (
+        lines[3].startswith("| ours ridge | 5 | 1.25 |")
+        and "| z | failed: no |" in lines
+        and lines[-1].endswith("BioTorch was not installed.")
+    )
+    report.sweeps(info, tmp_path / "sweep.png")
+    report.speed(report.extra([report.RESULTS / "cpu.json"]), "a processor", tmp_path / "speed.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("speed.png", "sweep.png"))
