@@ -202,6 +202,10 @@ GPU = [
 ]
 
 
+def benchmarks() -> list[Path]:
+    return sorted(path for path in RESULTS.glob("*.json") if "benchmarks" in json.loads(path.read_text()))
+
+
 def extra(files: list[Path]) -> dict[str, Any]:
     """``extra_info`` of each benchmark, as FILE::NAME."""
     found = (b for path in files for b in json.loads(path.read_text())["benchmarks"])
@@ -369,10 +373,9 @@ def sharing(path: Path) -> str:
 def main() -> None:
     figures = RESULTS.parent / "figures"
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
-    benchmarks = sorted(path for path in RESULTS.glob("*.json") if "benchmarks" in json.loads(path.read_text()))
     shared = sharing(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
-    info = extra(benchmarks)
-    tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks)]
+    info = extra(benchmarks())
+    tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]
     suite = "\n".join(cases(info))
     tables += [f"\n## Ops, layers and steps\n{suite}\n"] if suite else []
     (RESULTS / "README.md").write_text(HEAD + "".join(tables) + "".join(map(table, runs)) + shared)

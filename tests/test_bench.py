@@ -230,13 +230,12 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_report_finds_every_target_of_the_cpu():
-    info = report.extra([report.RESULTS / "cpu.json"])
-    assert all(math.isfinite(t.value(info)) for t in report.CPU)
-    text = report.targets(info)
-    assert text.count("not measured") == len(report.GPU)
+def test_report_is_up_to_date_and_finds_every_target_of_the_cpu():
+    assert all(math.isfinite(t.value(report.extra([report.RESULTS / "cpu.json"]))) for t in report.CPU)
     page = (report.RESULTS / "README.md").read_text()
-    assert text in page and report.lost(report.RESULTS / "cpu.json") in page
+    assert report.targets(report.extra(report.benchmarks())) in page
+    assert all(report.timings(path) in page and report.lost(path) in page for path in report.benchmarks())
+    assert report.targets({}).count("not measured") == len(report.CPU) + len(report.GPU)
 
 
 def test_report_reads_what_the_suite_writes(tmp_path):
