@@ -180,7 +180,7 @@ class Feedback(Stateful):
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         if point.name in self.activities:
             raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
-        last = next(reversed(self.activities), None)
+        last = list(self.activities)[-1] if self.activities else None  # torch 2.11 does not trace reversed of none
         if last is not None and self.activities[last].requires_grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"point {point.name!r} runs under torch.no_grad behind point {last!r}, and its layers would get no gradient: "
@@ -202,7 +202,7 @@ class Feedback(Stateful):
         self.numbered.append(point.name)
 
     def cut(self, h: Tensor) -> Tensor:
-        """What the next layer gets: detached in direct, so that no gradient crosses a point (DESIGN 1)."""
+        """What the next layer gets: detached in direct, so that no gradient crosses a point."""
         if self.probe == "exact" or (self.probe and self.layerwise):
             return h.clone()  # h keeps its own gradient when the model goes on in place
         if not self.layerwise:

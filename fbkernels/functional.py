@@ -288,7 +288,7 @@ def feedback(
             winners, a winner of two windows gets their sum. Without ``winner`` there is none.
 
     Returns:
-        delta in the shape, [N, C, *size] before a pooling, and dtype of ``kept``; sums in float32 (float32 products in tf32 where
+        delta in the shape, ``[N, C, *size]`` before a pooling, and dtype of ``kept``; sums in float32 (float32 products in tf32 where
         ``torch.backends.cuda.matmul.allow_tf32``, and where delta has fewer digits anyway).
 
     Raises:
@@ -342,14 +342,14 @@ class RidgeGain(NamedTuple):
 
 
 def ridge_gain(R: Tensor, w: Tensor, V: Tensor, gamma: float, forgetting: float = 1.0, *, backend: str = "auto") -> RidgeGain:
-    """A batch of recursive least squares (SPEC 4; PAPER 1.2): ``V <- beta^N V + (1 - beta^N) gamma I + R^T D R`` with
+    """A batch of recursive least squares (SPEC 4): ``V <- beta^N V + (1 - beta^N) gamma I + R^T D R`` with
     ``D = diag(beta^(N-1), ..., 1)``, then ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q``.
 
     Args:
         R: regressors, [N, m], or [groups, N, m] with V [groups, m, m].
         w: ``dL / sigma^2``, [N].
         V: the statistics so far, float64 [m, m]; ``gamma I`` at the start.
-        gamma: the ridge, > 0, in units of |r|^2.
+        gamma: the ridge, > 0, in units of ``|r|^2``.
         forgetting: beta in (0, 1] per sample.
 
     Returns:

@@ -25,13 +25,13 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
     * ``update_angle``: the same between the gradients of the parameters of the layer that the point is behind.
     * ``weight_angle``: between B and what it stands for: W_(l+1)^T in ``layerwise``; in ``direct`` the best linear map from e to the true
       gradient on this batch.
-    * ``sign_congruence``: fraction of B's entries with that map's sign; 0 counts half (PAPER 5).
+    * ``sign_congruence``: fraction of B's entries with that map's sign; 0 counts half.
     * ``relative_error``: ``|W - B| / |W|``; ``projected_error``: the same weighted by the regressors, ``|(W - B) R^T| / |W R^T|``, the one
       that theory speaks of, since B is seen through its regressors only.
     * ``norm_ratio``: ``|learned| / |true|`` of dL/dh_l.
 
-    Quantities that a rule does not have (pure node perturbation has no B) are nan. Parameters, buffers, random number generators and the
-    network's step stay as they are.
+    Quantities that a rule does not have (pure node perturbation has no B), and those of a network that diverged, are nan. Parameters,
+    buffers, random number generators and the network's step stay as they are.
 
     Args:
         net: a converted network.
@@ -64,7 +64,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
 
 def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, float]:
     """The angle of the authors' code, for comparison with their figures only: B r against W r of sample 0 alone, the same r for both, and
-    *folded*, 180 - theta where theta > 90, so that anti-aligned feedback looks aligned (PAPER 5). Layerwise; degrees."""
+    *folded*, 180 - theta where theta > 90, so that anti-aligned feedback looks aligned. Layerwise; degrees."""
     per_sample = criterion.per_sample if isinstance(criterion, PerturbedLoss) else PerSample(criterion)
     result = {}
     with _copy(net) as probe:
@@ -132,6 +132,8 @@ def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | No
     if B is None:
         return None, None, None
     if not owner.layerwise:
+        if not torch.isfinite(e).all():
+            return B, None, e  # diverged: there is no best map
         best = torch.linalg.pinv(e) @ reference.units(t, point.channels_first, owner.share)  # e of cross-entropy is rank-deficient
         return B, best.T, e
     assert point.weight is not None and point.connection is not None

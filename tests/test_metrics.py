@@ -205,6 +205,18 @@ def test_what_a_rule_does_not_have_is_nan() -> None:
         assert row["norm_ratio"] > 0
 
 
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_diverged_network_has_nan_angles(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback)
+    x, y = torch.randn(8, 4), torch.randint(5, (8,))
+    train(net, x, y)
+    with torch.no_grad():
+        next(net.parameters()).fill_(math.nan)
+    rows = fb.metrics.alignment(net, CE, x, y)
+    assert len(rows) == 2
+    assert all(math.isnan(row["angle"]) for row in rows.values())
+
+
 def test_the_criterion_may_be_the_perturbed_loss() -> None:
     x, y = torch.randn(9, 4), torch.arange(9) % 5
     net = fb.convert(mlp(), rule=fb.LMS(0.3))

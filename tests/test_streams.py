@@ -428,7 +428,7 @@ def test_the_perturbed_stream_is_not_saved_for_backward(feedback: str) -> None:
 
 
 def test_no_grad_between_points_in_direct() -> None:
-    """No gradient with respect to an activation crosses a point: W_1 is not saved by layer 2's backward (DESIGN 1)."""
+    """No gradient with respect to an activation crosses a point: W_1 is not saved by layer 2's backward."""
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 5)), torch.randn(6, 3)
     net = fb.convert(model)
     weights = {m.weight.data_ptr() for m in model if isinstance(m, nn.Linear)}

@@ -85,7 +85,7 @@ class Measurement:
 
     @property
     def power(self) -> Tensor:
-        """|r_n|^2 of each sample, summed over its positions and averaged over groups, at every position: [S]."""
+        """``|r_n|^2`` of each sample, summed over its positions and averaged over groups, at every position: [S]."""
         square = self.regressor.square().sum(-1)
         square = square.mean(0) if square.ndim > 1 else square
         return self.per_position(square.view(self.rows, -1).sum(1))
@@ -146,8 +146,8 @@ class Rule:
 
 
 def random_start(normal: Tensor, layerwise: bool) -> Tensor:
-    """Random feedback: variance 1 / (3 units) in direct, as U(+-1/sqrt(units)) has (PAPER 1.5), 2 / fan_in of the next layer in
-    layerwise (PAPER 1.2)."""
+    """Random feedback: variance 1 / (3 units) in direct, as U(+-1/sqrt(units)) has, 2 / fan_in of the next layer in
+    layerwise, as the authors' code does."""
     if not layerwise:
         return normal / math.sqrt(3 * len(normal))
     fan_in = len(normal) if normal.ndim == 2 else normal[0].numel()

@@ -9,12 +9,12 @@ from fbkernels.rules.base import Gain, Measurement, Rule, random_start
 
 
 class LMS(Rule):
-    """Stochastic gradient of 1/2 |B r - lam|^2: ``k = lr r``, every sample from the same B, a sum and not a mean (SPEC 4; PAPER 1.5).
+    """Stochastic gradient of ``1/2 |B r - lam|^2``: ``k = lr r``, every sample from the same B, a sum and not a mean (SPEC 4).
 
     ``M = lr R^T R``, ``G = lr w * R``. Stable iff ``lr < 2 / lambda_max(R^T R)``. B starts random, as the authors' does.
 
     Args:
-        lr: > 0, in units of 1 / |r|^2.
+        lr: > 0, in units of ``1 / |r|^2``.
 
     Raises:
         ValueError: lr <= 0.

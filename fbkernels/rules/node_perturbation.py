@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class NodePerturbation(Rule):
-    """``dL/dh_l = lam_l = dL xi_l / sigma^2``: unbiased, with variance sum_l |g_l|^2 (SPEC 2). Exception to the form: there is no B, and
-    the feedback structure makes no difference."""
+    """``dL/dh_l = lam_l = dL xi_l / sigma^2``: unbiased, with variance ``sum_l |g_l|^2`` (SPEC 2). Exception to the form: there is no B,
+    and the feedback structure makes no difference."""
 
     learned = False
     adapts = False

@@ -11,14 +11,14 @@ from fbkernels.rules.base import Gain, Measurement, Rule
 
 
 class Ridge(Rule):
-    """Recursive least squares of lam = dL xi / sigma^2 on r, with a ridge (SPEC 4; PAPER 1.2).
+    """Recursive least squares of lam = dL xi / sigma^2 on r, with a ridge (SPEC 4).
 
     A sample at a time: ``k = P r / (beta + r^T P r)``, ``B <- B + (lam - B r) k^T``, ``P <- (P - k (P r)^T) / beta``, ``P_0 = I / gamma``.
     Here a batch at a time, which is the same: ``V <- beta^N V + R^T D R``, ``Q = D R V^-1``, ``M = R^T Q``, ``G = w * Q`` with
     ``D = diag(beta^(N-1), ..., 1)``. With ``beta = 1`` B is exactly ``S V^-1``, ``V = gamma I + sum r r^T``, ``S = sum lam r^T``.
 
     Args:
-        gamma: the ridge, > 0, in units of |r|^2.
+        gamma: the ridge, > 0, in units of ``|r|^2``.
         forgetting: beta in (0, 1] per sample. Below 1 the ridge is renewed, ``V >= gamma I``, so that directions which r never excites
             (cross-entropy errors sum to zero) cannot wind up; the renewed part is a prior towards the B at the start of the batch.
 

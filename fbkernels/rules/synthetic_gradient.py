@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class SyntheticGradient(LMS):
-    """LMS on the true gradient: ``B <- B + lr (lam - B r) r^T`` summed over the batch, lam = dL/dh_l by backprop (PAPER 4).
+    """LMS on the true gradient: ``B <- B + lr (lam - B r) r^T`` summed over the batch, lam = dL/dh_l by backprop.
 
     What a perfect perturbation would teach; costs a second forward and backward pass, with dropout masks of its own. Exception to the
     form: the target replaces Xi * w. B starts random, as with LMS.
 
     Args:
-        lr: > 0, in units of 1 / |r|^2.
+        lr: > 0, in units of ``1 / |r|^2``.
 
     Raises:
         ValueError: lr <= 0.

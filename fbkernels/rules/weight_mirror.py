@@ -17,9 +17,9 @@ class WeightMirror(Rule):
     """Regress what the perturbation did to the next layer's pre-activation on what it did to its input (Akrout et al. 2019).
 
     ``dz = z~ - z = W (p - h) = W dh``, so the local rule ``B^T <- B^T + eta (dz - B^T dh)^T dh`` converges to W. Exception to the
-    form: it needs no loss, and regresses on dh instead of xi. ``eta = lr / (power / n + power / S)`` with power = sum |dh|^2 over S samples
-    (positions) and n inputs a sample, an estimate of the largest eigenvalue of dh^T dh: lr is the fraction of the gap closed in a step
-    where S >> n. Layerwise only.
+    form: it needs no loss, and regresses on dh instead of xi. ``eta = lr / (power / n + power / S)`` with ``power = sum |dh|^2`` over S
+    samples (positions) and n inputs a sample, an estimate of the largest eigenvalue of ``dh^T dh``: lr is the fraction of the gap closed in
+    a step where S >> n. Layerwise only.
 
     Args:
         lr: in (0, 1].
