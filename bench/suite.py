@@ -128,6 +128,10 @@ class Problem:
         """The hidden layer with the most multiply-adds, behind the first where there is one."""
         return max(self.layers[1:-1] or self.layers[:1], key=lambda layer: layer.macs)
 
+    @property
+    def residual(self) -> bool:
+        return self.name.startswith(("resnet", "wrn"))
+
     def small(self) -> Problem:
         if self.sizes is not None:
             return replace(mlp((2,) * len(self.sizes), 2, self.device), compiler=None)
@@ -461,7 +465,7 @@ FUSED_CALLS = 20
 
 def _convert(problem: Problem, rule: str, backend: str) -> nn.Module:
     """Direct feedback as ``fbkernels train`` has it."""
-    share = 4 if problem.name.startswith(("resnet", "wrn")) else 1
+    share = 4 if problem.residual else 1
     return fb.convert(problem.net(), rule=RULES[rule](), noise_std=STD, share=share, backend=backend)
 
 
@@ -490,7 +494,7 @@ def step(problem: Problem) -> Case:
     table: dict[str, Provider] = {}
     for b in backends(problem.device):
         table |= {f"ours {rule}, {b}": Provider(functools.partial(ours, rule, b), works[rule]) for rule in RULES}
-    if problem.compiler:
+    if problem.compiler and not problem.residual:  # where both streams of each layer take minutes to compile
         table["ours joint, compiled"] = Provider(lambda: ours("joint", "auto", problem.compiler), joint)
     if problem.network is rivals.cnn:
         table |= {f"eager {rule}": Provider(functools.partial(eager, rule), works[rule]) for rule in RULES}
@@ -556,7 +560,11 @@ def sweep(axis: str, value: int, device: str = "cpu") -> Case:
     case = step(replace(mlp((784, *(at["width"],) * at["depth"], at["classes"]), at["batch"], device), compiler=None))
     best = backends(device)[0]
     chosen = {"ours ridge": f"ours ridge, {best}", "ours joint": f"ours joint, {best}", "backprop": "backprop"}
-    return case._replace(name=f"step, {axis} {value:,}", providers={name: case.providers[key] for name, key in chosen.items()})
+
+    def few(case: Case) -> Case:
+        return case._replace(providers={name: case.providers[key] for name, key in chosen.items()}, small=lambda: few(case.small()))
+
+    return few(case)._replace(name=f"step, {axis} {value:,}")
 
 
 # Measuring

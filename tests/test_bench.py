@@ -117,9 +117,11 @@ def test_steps(name):
 
 @pytest.mark.parametrize("axis", suite.SWEEPS)
 def test_sweeps(monkeypatch, axis):
+    monkeypatch.setattr(suite, "_overhead", OVERHEAD)
     monkeypatch.setitem(suite.SWEEPS, axis, (2, 3))
     bench_suite.test_sweep(once := Once(), axis)
     assert [case["at"] for case in once.extra_info["cases"]] == ["2", "3"]
+    assert all(row["host_us"] > 0 for case in once.extra_info["cases"] for row in case["rows"])
 
 
 @pytest.mark.parametrize("problem", [suite.mlp((7, 6, 5, 4), 3), small(suite.model("paper_cnn", 2)), small(suite.model("resnet20", 2))])
