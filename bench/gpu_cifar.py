@@ -78,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
                 seeds = tuple(dict.fromkeys(r["seed"] for r in records))
                 methods = tuple(dict.fromkeys(r["method"] for r in records))
                 whole = asdict(settings(model, methods, seeds, given))
-                summary = {"settings": whole, "versions": job.versions(), "hardware": job.hardware(s), "results": job.summarise(records)}
+                summary = {
+                    "settings": whole,
+                    "versions": job.versions(),
+                    "hardware": job.hardware(s.device),
+                    "results": job.summarise(records),
+                }
                 lines.write_text("".join(json.dumps(r) + "\n" for r in records))
                 (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """Write bench/results/README.md and bench/figures from the raw files in bench/results: ``python bench/report.py``.
 
-A run is a folder that ``fbkernels train --out`` has written; its settings, versions, hardware and numbers are taken from summary.json. What
-else one should know of it is in note.md.
+A run is a folder that ``fbkernels train --out`` or ``fbkernels reproduce --out`` has written; its settings, versions, hardware and numbers
+are taken from summary.json, or from results.json. What else one should know of it is in note.md.
 Benchmarks are the files that ``pytest bench --benchmark-json=FILE`` has written, cpu.json and those of bench/gpu.sh.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from fbkernels.bench.reproduce import EXPERIMENTS
 from fbkernels.bench.suite import SWEEPS, figure
 from fbkernels.plot import curves
 from fbkernels.train import recipe
@@ -370,15 +371,33 @@ def sharing(path: Path) -> str:
     return f"\n## share\n\n`python bench/share.py --data-dir D`: {text}\n\n" + "\n".join(lines) + "\n"
 
 
+def experiment(folder: Path) -> str:
+    """A figure or table of the paper, as ``fbkernels reproduce`` has made it."""
+    raw = json.loads((folder / "results.json").read_text())
+    made = EXPERIMENTS[raw["experiment"]]
+    drawn = RESULTS.parent / "figures" / folder.name
+    drawn.mkdir(parents=True, exist_ok=True)
+    pictures = ""
+    for name, picture in made.figures(raw["results"]).items():
+        picture.savefig(drawn / f"{name}.png", dpi=100)
+        pictures += f"\n![{made.about}: {name}](../figures/{folder.name}/{name}.png)\n"
+    about = ", ".join(f"{k} {v}" for part in ("versions", "hardware") for k, v in raw[part].items() if v is not None)
+    note = folder / "note.md"
+    own = f"\n{note.read_text().strip()}\n" if note.is_file() else ""
+    tables = "\n".join(table.markdown() for table in made.tables(raw["results"]))
+    return f"\n## {folder.name}\n\n`{raw['command']}`\n\n{about}\n\n{tables}{own}{pictures}"
+
+
 def main() -> None:
     figures = RESULTS.parent / "figures"
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     shared = sharing(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
+    reproduced = "".join(experiment(path.parent) for path in sorted(RESULTS.glob("*/results.json")))
     info = extra(benchmarks())
     tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]
     suite = "\n".join(cases(info))
     tables += [f"\n## Ops, layers and steps\n{suite}\n"] if suite else []
-    (RESULTS / "README.md").write_text(HEAD + "".join(tables) + "".join(map(table, runs)) + shared)
+    (RESULTS / "README.md").write_text(HEAD + "".join(tables) + "".join(map(table, runs)) + shared + reproduced)
     speed(info, hardware(RESULTS / "cpu.json"), figures / "speed.png")
     if "bench_suite::test_sweep[batch]" in info:
         sweeps(info, figures / "sweep.png")

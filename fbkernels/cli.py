@@ -1,9 +1,10 @@
-"""The command line: ``fbkernels train``, ``fbkernels bench`` and ``fbkernels info``."""
+"""The command line: ``fbkernels train``, ``fbkernels bench``, ``fbkernels reproduce`` and ``fbkernels info``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from rich.table import Table
 import fbkernels as fb
 from fbkernels import train as job
 from fbkernels._check import integer, one_of
+from fbkernels.bench.reproduce import EXPERIMENTS, SCALES, reproduce
 from fbkernels.data import NAMES
 from fbkernels.models import MODELS
 
@@ -66,7 +68,7 @@ def _rule_arg(text: str) -> tuple[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fbkernels", description="Train networks by learned feedback weights.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | reproduce | info")
     commands.add_parser("info", help="versions, backends and what the compiled part contains", allow_abbrev=False)
     p = commands.add_parser(
         "bench",
@@ -154,7 +156,60 @@ def _parser() -> argparse.ArgumentParser:
     where = p.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder for the results; default: a new one in runs/")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the interrupted run in DIR, bit for bit, with its settings")
+    p = commands.add_parser(
+        "reproduce",
+        help="a figure or table of the paper",
+        allow_abbrev=False,
+        description="Make a figure or table of the paper, in its own settings. Asked for again, it goes on where it was.",
+    )
+    p.add_argument("experiment", choices=tuple(EXPERIMENTS), help="; ".join(f"{name}: {e.about}" for name, e in EXPERIMENTS.items()))
+    p.add_argument("--scale", choices=SCALES, default="smoke", help="seconds, minutes, or the paper's own length; default: smoke")
+    p.add_argument(
+        "--seeds", type=_seeds, metavar="K", help="number of seeds, or a list such as 0,3,7; default: 1 with smoke, else the paper's"
+    )
+    p.add_argument("--methods", type=_names, metavar="A,B,...", help="lines of the table; default: all")
+    p.add_argument(
+        "--faithful", action="store_true", help="what the authors' code did, quirks included, instead of what the paper describes"
+    )
+    p.add_argument("--data-dir", metavar="DIR", required=True, help="folder with the published files")
+    p.add_argument("--device", default="cpu", help="default: cpu")
+    p.add_argument("--processes", type=int, metavar="N", help="trainings side by side; default: as many as there are cores, 1 on a GPU")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: runs/EXPERIMENT-SCALE[-faithful]")
     return parser
+
+
+def _reproduce(given: dict[str, Any]) -> int:
+    name, scale = given["experiment"], given["scale"]
+    experiment = EXPERIMENTS[name]
+    faithful, device = given["faithful"], given["device"]
+    out = given["out"] or Path("runs") / f"{name}-{scale}{'-faithful' * faithful}"
+    processes = given["processes"] or (1 if device.startswith("cuda") else os.cpu_count() or 1)
+    command = ["fbkernels", "reproduce", name, "--scale", scale, *(["--faithful"] if faithful else []), "--data-dir", "D"]
+    if given["methods"]:
+        command += ["--methods", ",".join(given["methods"])]
+    seeds = given["seeds"] or tuple(range(1 if scale == "smoke" else experiment.seeds))
+    command += ["--seeds", str(len(seeds)) if seeds == tuple(range(len(seeds))) else ",".join(map(str, seeds))]
+    try:
+        tables = reproduce(
+            name,
+            experiment,
+            out,
+            scale=scale,
+            seeds=seeds,
+            faithful=faithful,
+            methods=given["methods"],
+            data_dir=given["data_dir"],
+            device=device,
+            processes=integer("processes", processes, 1, 1024),
+            command=command,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for table in tables:
+        Console().print(table.rich())
+    print(f"results.json, table.md and the figures are in {out}")
+    return 0
 
 
 def _train(given: dict[str, Any]) -> int:
@@ -288,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(_parser().parse_args(argv))
     command = given.pop("command")
     try:
-        return {"train": _train, "bench": _bench}[command](given) if command != "info" else _info()
+        return {"train": _train, "bench": _bench, "reproduce": _reproduce}[command](given) if command != "info" else _info()
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:

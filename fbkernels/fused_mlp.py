@@ -326,16 +326,24 @@ class FusedMLP:
                 correct += int((outputs.argmax(1) == target).sum()) if classes else 0
         return {"loss": loss / len(x)} | ({"accuracy": correct / len(x)} if classes else {})
 
-    def alignment(self, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
-        """``fb.metrics.alignment`` of the network on one batch, by hidden layer: ``"0"``, ``"1"`` and so on."""
-        self._check(x, y)
-        model = self.to_module()
+    def to_converted(self) -> nn.Module:
+        """``to_module()`` converted, with copies of B: the network that trains as this one does, for what ``fb.metrics`` measures."""
         net = convert(
-            model, feedback=self.feedback, rule=copy.deepcopy(self.rule), noise_std=self.noise_std, noise=self.noise, seed=self.seed
+            self.to_module(),
+            feedback=self.feedback,
+            rule=copy.deepcopy(self.rule),
+            noise_std=self.noise_std,
+            noise=self.noise,
+            seed=self.seed,
         )
         for point, B in zip(points(net).values(), self._B, strict=False):
             point.state["B"] = B.clone()
-        rows = metrics.alignment(net, self._criterion, x, y)
+        return net
+
+    def alignment(self, x: Tensor, y: Tensor) -> dict[str, dict[str, float]]:
+        """``fb.metrics.alignment`` of the network on one batch, by hidden layer: ``"0"``, ``"1"`` and so on."""
+        self._check(x, y)
+        rows = metrics.alignment(self.to_converted(), self._criterion, x, y)
         return {str(index): row for index, row in enumerate(rows.values())}
 
     def _criterion(self, outputs: Tensor, y: Tensor) -> Tensor:

@@ -358,7 +358,12 @@ def train(
     try:
         with torch.random.fork_rng([settings.device] if settings.device.startswith("cuda") else []):
             records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch, log)
-        summary = {"settings": asdict(settings), "versions": versions(), "hardware": hardware(settings), "results": summarise(records)}
+        summary = {
+            "settings": asdict(settings),
+            "versions": versions(),
+            "hardware": hardware(settings.device),
+            "results": summarise(records),
+        }
     finally:
         torch.set_num_threads(threads)
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -511,15 +516,15 @@ def versions() -> dict[str, str]:
     return {"fbkernels": fb.__version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
-def hardware(s: Settings) -> dict[str, Any]:
+def hardware(device: str) -> dict[str, Any]:
     """What a job's times depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": device}
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def _autocast(s: Settings) -> torch.autocast:
