@@ -183,7 +183,7 @@ def _reproduce(given: dict[str, Any]) -> int:
     experiment = EXPERIMENTS[name]
     faithful, device = given["faithful"], given["device"]
     out = given["out"] or Path("runs") / f"{name}-{scale}{'-faithful' * faithful}"
-    processes = given["processes"] or (1 if device.startswith("cuda") else os.cpu_count() or 1)
+    processes = (1 if device.startswith("cuda") else os.cpu_count() or 1) if given["processes"] is None else given["processes"]
     command = ["fbkernels", "reproduce", name, "--scale", scale, *(["--faithful"] if faithful else []), "--data-dir", "D"]
     if given["methods"]:
         command += ["--methods", ",".join(given["methods"])]

@@ -190,8 +190,9 @@ class CNN:
         net, criterion, optimizer = self.build(data)
         records: list[dict[str, Any]] = []
         begin, seconds, state = 0, 0.0, watch.load()
+        total = torch.zeros((), device=data.x.device)  # of the epoch's losses
         if state is not None:
-            records, begin, seconds = state["records"], state["step"], state["seconds"]
+            records, begin, seconds, total = state["records"], state["step"], state["seconds"], state["total"].to(total.device)
             net.load_state_dict(state["net"])
             optimizer.load_state_dict(state["optimizer"])
         pixels = data.x[: self.images].float()
@@ -210,7 +211,6 @@ class CNN:
             return 100 * right / len(y)
 
         held = data.x[-HELD_OUT:], data.y[-HELD_OUT:]
-        total = torch.zeros((), device=data.x.device)
         for step in range(begin, self.steps):
             epoch, batch = divmod(step, self.batches)
             start = time.perf_counter()
@@ -238,16 +238,8 @@ class CNN:
                     x, y = read(held[0][:128]), held[1][:128]
                     record["layers"] = [{"angle": short(row["angle"])} for row in fb.metrics.alignment(net, criterion, x, y).values()]
                 records.append(record)
-            watch(
-                step + 1,
-                lambda at=step + 1, spent=seconds: {  # type: ignore[misc]
-                    "records": records,
-                    "step": at,
-                    "seconds": spent,
-                    "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                },
-            )
+            at = {"records": records, "step": step + 1, "seconds": seconds, "total": total}
+            watch(step + 1, lambda at=at: {**at, "net": net.state_dict(), "optimizer": optimizer.state_dict()})  # type: ignore[misc]
         return {"records": records, "seconds": seconds}
 
 

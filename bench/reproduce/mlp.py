@@ -114,7 +114,8 @@ class MLP:
             losses = net.fit(x, y, steps=min(self.every, self.steps - step), batch_size=self.batch)
             seconds += time.perf_counter() - begin
             records.append({"step": step + len(losses), "train_loss": short(float(losses.mean())), **self.score(net, *test)})
-            watch(records[-1]["step"], lambda spent=seconds: {"records": records, "seconds": spent, "net": net.state_dict()})  # type: ignore[misc]
+            at = {"records": records, "seconds": seconds}
+            watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})  # type: ignore[misc]
         return {"records": records, "seconds": seconds} | (self.draw(net.model(), data) if self.pictures else {})
 
     @torch.no_grad()
