@@ -43,7 +43,10 @@ def settings() -> dict[str, dict[str, dict[str, object]]]:
 
 def draws(number: int) -> list[dict[str, float]]:
     """Optuna's random search, whose draws do not depend on what came out, so that they may be tried side by side."""
-    import optuna  # the extra that this one experiment needs
+    try:
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ValueError("noise-search needs optuna: pip install 'fbkernels[reproduce]'") from error
 
     space: dict[str, optuna.distributions.BaseDistribution] = {
         name: optuna.distributions.FloatDistribution(low, high, log=True) for name, (low, high) in SPACE.items()
