@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fbkernels as fb
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, Watch, by_method, short, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, Watch, by_method, seed_count, short, text
 from fbkernels.bench.reproduce.mlp import Noise, TF1Adam
 from fbkernels.bench.reproduce.panels import line, panels
 from fbkernels.data import load
@@ -281,8 +281,8 @@ def tables(name: str, results: Results) -> list[Rows]:
         angles = ", ".join(text([own[i]["angle"] for own in layers], 0) for i in range(len(layers[0]))) or "0"
         cells = text([r["test_accuracy"] for r in last], 2), text(best, 2), text([r["train_loss"] for r in last], 3), angles
         lines.append((method, PAPER[name].get(method, "-"), CODE[name].get(method, "-"), *cells))
-    job, seeds = results[0]["job"], len({run["seed"] for run in results})
-    title = f"{name}, width {job['width']:g} of the paper's, {job['images']:,} images, {job['epochs']} epochs, {seeds} seeds"
+    job = results[0]["job"]
+    title = f"{name}, width {job['width']:g} of the paper's, {job['images']:,} images, {job['epochs']} epochs, {seed_count(results)}"
     return [Rows(title, ("method", "paper", "authors' code", "test accuracy %", "best epoch", "train loss", "angles"), lines)]
 
 

@@ -148,7 +148,7 @@ def reproduce(
     """Run what is not yet done of an experiment in ``out``, and write results.json, table.md and the figures.
 
     Each job's own file is there as soon as it has finished, so an interrupted experiment goes on where it was when it is asked for again,
-    with more seeds or methods too. Jobs that were started with other settings are refused.
+    with more seeds or methods too; the results are of all that the folder has. Jobs that were started with other settings are refused.
 
     Raises:
         ValueError, OSError: unknown methods, missing data, an ``out`` of another experiment.
@@ -171,7 +171,8 @@ def reproduce(
     if todo:
         experiment.read(data_dir, "cpu")  # what is missing fails here
         _run(todo, experiment.read, data_dir, device, paths, processes)
-    results = [json.loads(paths[job.name].read_text()) for job in jobs]
+    found = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]  # of other requests too
+    results = sorted(found, key=lambda result: (known.index(result["method"]), result["seed"]))
     where = {"hardware": hardware(device) | {"processes": processes}, "versions": versions()}
     raw = {"experiment": name, "scale": scale, "faithful": faithful, "command": shlex.join(command), **where, "results": results}
     _replace(out / "results.json", lambda path: path.write_text(json.dumps(raw) + "\n"))
@@ -253,6 +254,12 @@ def by_method(results: Results) -> dict[str, Results]:
     for result in results:
         groups.setdefault(result["method"], []).append(result)
     return groups
+
+
+def seed_count(results: Results) -> str:
+    """How many each method has had."""
+    counts = {len({run["seed"] for run in runs}) for runs in by_method(results).values()}
+    return f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{max(counts)} seed{'s' * (max(counts) > 1)}"
 
 
 def spread(values: Sequence[float | None]) -> tuple[float, float]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
 from fbkernels.bench.reproduce.mlp import MLP
 from fbkernels.bench.reproduce.panels import line, of_layer, panels
 
 SIGMAS = (1e-4, 1e-3, 1e-2, 1e-1)
 # steps, and steps between two records
-LENGTHS = {"smoke": (1_000, 250), "short": (20_000, 1_000), "full": (2_000_000, 20_000)}
+LENGTHS = {"smoke": (1_000, 250), "short": (10_000, 500), "full": (2_000_000, 20_000)}
 PAPER = {
     "feedback alignment": "4.28",
     "backprop": "2.65",
@@ -68,7 +68,7 @@ def tables(results: Results) -> list[Rows]:
         error, same = text([r["test_error"] for r in last], 2), text([r["test_error"] for r in equal], 2)
         lines.append((method, PAPER.get(method, "-"), noisy, error, same, angles, folded, signs, errors))
     step = max(record["step"] for run in results for record in run["records"])
-    title = f"784-50-20-10 on MNIST, {step:,} steps of 32, {len({run['seed'] for run in results})} seeds"
+    title = f"784-50-20-10 on MNIST, {step:,} steps of 32, {seed_count(results)}"
     return [
         Rows(
             title,

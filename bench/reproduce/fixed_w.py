@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
 from fbkernels.bench.reproduce.mlp import MLP
 from fbkernels.bench.reproduce.panels import line, of_layer, panels
 
@@ -47,7 +47,7 @@ def tables(results: Results) -> list[Rows]:
         cells = (", ".join(text([layers[i][key] for layers in last], digits[key]) for i in range(2)) for key in COLUMNS)
         lines.append((method, *PAPER.get(method, ("-", "-")), *cells))
     step = max(record["step"] for run in results for record in run["records"])
-    title = f"W fixed, layers 1 and 2 after {step:,} steps of 32, {len({run['seed'] for run in results})} seeds"
+    title = f"W fixed, layers 1 and 2 after {step:,} steps of 32, {seed_count(results)}"
     return [Rows(title, ("method", "paper: angle", "paper: |W - B| / |W|", *COLUMNS.values()), lines)]
 
 

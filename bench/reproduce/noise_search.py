@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, spread, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, spread, text
 from fbkernels.bench.reproduce.mlp import MLP
 from fbkernels.bench.reproduce.panels import panels
 
@@ -115,7 +115,7 @@ def tables(results: Results) -> list[Rows]:
         for value, runs in values.items():
             error = text([run["records"][-1]["test_error"] for run in runs], 2)
             lines.append((method, value, error, *(text(_of_layer(runs, layer), 0) for layer in (0, 1))))
-    title = f"784-50-20-10 on MNIST, {steps:,} steps of 32, {len({run['seed'] for run in results})} seeds, one setting at a time"
+    title = f"784-50-20-10 on MNIST, {steps:,} steps of 32, {seed_count(results)}, one setting at a time"
     found = [Rows(title, ("setting", "value", "test error %", "angle, layer 1", "angle, layer 2"), lines)]
     if searched := _searched(results):
         rows: list[tuple[str, ...]] = [(f"{loss:.1f}", *(f"{v:.2g}" for v in rest)) for loss, *rest in searched]

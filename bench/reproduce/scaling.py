@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, spread, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, spread, text
 from fbkernels.bench.reproduce.mlp import MLP
 from fbkernels.bench.reproduce.panels import panels
 
@@ -60,7 +60,7 @@ def _varied(results: Results) -> list[tuple[str, list[int]]]:
 
 
 def tables(results: Results) -> list[Rows]:
-    step, seeds = results[0]["job"]["steps"], len({run["seed"] for run in results})
+    step = results[0]["job"]["steps"]
     found = []
     for kind, values in _varied(results):
         for key, label, digits in (("test_error", "test error %", 2), ("angle", "angle of the first hidden layer to backprop", 0)):
@@ -69,7 +69,7 @@ def tables(results: Results) -> list[Rows]:
                 for method, runs in by_method(results).items()
                 if key == "test_error" or method != "backprop"
             ]
-            title = f"{label}, MNIST, tanh, Adam, {step:,} steps of 32, {seeds} seeds"
+            title = f"{label}, MNIST, tanh, Adam, {step:,} steps of 32, {seed_count(results)}"
             found.append(Rows(title, ("method", *(f"{kind} {v}" for v in values)), lines))
     return found
 
