@@ -57,7 +57,9 @@ def test_sdist(tmp_path: Path) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         files = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    needed = sources("csrc", "fbkernels", "kernels", "tests", "docs", "bench/*.py", "setup.py", "pyproject.toml", "LICENSE", "*.md", "CITATION.cff")
+    needed = sources(
+        "csrc", "fbkernels", "kernels", "tests", "docs", "bench/*.py", "setup.py", "pyproject.toml", "LICENSE", "*.md", "CITATION.cff"
+    )
     needed -= sources("bench/*.md")
     assert len(needed) > 150
     assert needed <= files
