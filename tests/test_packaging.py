@@ -69,7 +69,7 @@ def test_sdist(tmp_path: Path) -> None:
 def test_requirements() -> None:
     needs = importlib.metadata.requires("fbkernels") or []
     assert {re.split("[<>=]", n)[0] for n in needs if "extra ==" not in n} == {"torch", "numpy"}
-    assert set(importlib.metadata.metadata("fbkernels").get_all("Provides-Extra")) == {"triton", "train", "test", "docs"}
+    assert set(importlib.metadata.metadata("fbkernels").get_all("Provides-Extra")) == {"triton", "train", "reproduce", "test", "docs"}
 
 
 def test_the_library_needs_no_extra_and_the_command_line_says_which_it_needs() -> None:
