@@ -47,8 +47,9 @@ def convert(
 ) -> nn.Module:
     """A network with feedback points around the very same Parameter and buffer objects; ``model`` stays as it was.
 
-    A point follows each hidden Linear and convolution layer, after its normalisation, activation and pooling, however the model's
-    forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already are used instead.
+    A point follows each hidden Linear and convolution layer, after its normalisation, activation, pooling and dropout (or DropPath),
+    however the model's forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already
+    are used instead.
 
     In ``layerwise`` feedback every nn.Linear and nn.Conv2d that reads a hidden activity has a B. Where that is no point's activity, or one
     that another layer reads already (a sum, what lies behind a pre-activation norm, a shortcut), the layer has a point at its input,
@@ -62,7 +63,8 @@ def convert(
         noise_std: sigma > 0, in units of the activities.
         noise: "gaussian" or "rademacher" (+-sigma).
         seed: of the noise and of random B, 0 to 2^63 - 1.
-        points: names of modules to put a point right after, instead of finding them: one for each residual block, say.
+        points: names of modules to put a point right after, instead of finding them: one for each residual block, say. Where dropout
+            follows, name that: the error of a unit that it dropped is zero only behind it.
         include, exclude: name patterns (``fnmatch``) that keep or drop layers from those found.
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, or of a process' part of it, in (0, 1].

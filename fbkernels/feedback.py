@@ -77,6 +77,7 @@ class Feedback(Stateful):
         self.reader: tuple[FeedbackPoint, ...] = ()  # layerwise: of the layer that runs; a tuple, so that it is no child
         self.forks: set[str] = set()  # layerwise: points that something beside a layer reads
         self.fuses: tuple[torch.dtype, ...] = ()
+        self.rows_first = False  # the plain model's maps are not channels-last as those of blocks are
         self.perturbed_rows = 0
         self.part: Part | None = None  # of the perturbed rows of all processes
         self.group: Any = None  # of the SyncBatchNorm that runs

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "cnn", "direct_points", "mlp", "paper_cnn", "resnet18", "resnet20", "wrn16_4"]
+__all__ = ["MODELS", "block_points", "cnn", "mlp", "paper_cnn", "resnet18", "resnet20", "wrn16_4"]
 
 
 def mlp(shape: tuple[int, int, int], classes: int) -> nn.Sequential:
@@ -136,12 +136,9 @@ def wrn16_4(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Se
     return _residual(PreActivationBlock, shape, classes, width, (4 * width, 8 * width, 16 * width), 2)
 
 
-def direct_points(net: nn.Module, points: str) -> list[str] | None:
-    """For ``convert(points=)``: with "block" behind the stem and each residual block, with "layer" behind dropout, so that the error passes
-    its mask; None where there is no block or no dropout."""
+def block_points(net: nn.Module) -> list[str] | None:
+    """For ``convert(points=)``: behind the stem and each residual block; None where there is none."""
     children = [name for name, _ in net.named_children()]
-    if points == "layer":
-        return [name for name in children if name.startswith(("pool", "dropout"))] if "dropout1" in children else None
     blocks = [name for name, m in net.named_modules() if isinstance(m, (BasicBlock, PreActivationBlock))]
     return [children[children.index("layer1") - 1], *blocks] if blocks else None
 

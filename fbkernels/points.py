@@ -71,7 +71,8 @@ class Stateful(nn.Module):
 class FeedbackPoint(Stateful):
     """Where a hidden layer's activity gets its noise and its learned gradient: ``h = self.point(h)``.
 
-    Outside a converted network, and in ``eval()``, it is the identity. In training its perturbed stream is ``p = phi(q) + xi`` with fresh
+    Where dropout follows, the point belongs behind it, so that the error passes its mask: ``h = self.point(dropout(h))``. Outside a
+    converted network, and in ``eval()``, it is the identity. In training its perturbed stream is ``p = phi(q) + xi`` with fresh
     ``xi ~ std * N(0, I)`` (SPEC 1), in ``layerwise`` for the layer alone that reads it, and it owns B (SPEC 3): units x outputs in
     ``direct`` (a convolution's units are numbered channels-last), the transposed shape of the next layer's weight in ``layerwise`` (for a
     convolution the shape of its kernel).
@@ -152,7 +153,7 @@ class FeedbackPoint(Stateful):
         return f"{self.name!r}, index={self.index}" if self._net else "not converted"
 
     def attach(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a converted layer: the noise goes in after the layer's normalisation, activation and pooling."""
+        """Forward hook of a converted layer: the noise goes in after the layer's normalisation, activation, pooling and dropout."""
         if not isinstance(output, Streams):
             return None
         if output.deferred is not None:
@@ -233,6 +234,8 @@ class FeedbackPoint(Stateful):
         chosen = ops.choose(net.backend, net.step.device)
         size: Sequence[int] = x.shape[2:]
         if layer is not None and weight is not None and layer.convolution:
+            if not weight.is_contiguous() or x.is_contiguous():  # else x is what a block before made of it
+                net.rows_first = weight.is_contiguous()
             x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
             size = layer.size_behind(weight)
         behind = Behind(epilogue.derivative, chosen, size, epilogue.window)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from fbkernels.feedback import Feedback
     from fbkernels.points import FeedbackPoint
 
-# What may follow a layer before its feedback point: the noise goes in after normalisation, activation and pooling (SPEC 1).
+# What may follow a layer before its feedback point: the noise goes in after normalisation, activation and pooling (SPEC 1), and after
+# dropout, whose mask the error then passes on its way back.
 _NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm"}
 # fmt: off
 _ACTIVATIONS = {
@@ -32,13 +33,13 @@ _ELEMENTWISE = {
     "add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "truediv", "rtruediv", "itruediv", "cat", "concat",
     "where", "maximum", "minimum", "lerp",
 }
-_GROUP = _NORMS | _ACTIVATIONS | _POOLS
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
+_GROUP = _NORMS | _ACTIVATIONS | _POOLS | _DROPOUTS
 # Linear maps that carry a point's noise unchanged to the layer that reads it.
 _REARRANGEMENTS = {
     "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "pad", "unflatten", "to",
     "float", "double",
 }
-_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"}
 _UNSHARED = {"alpha_dropout", "feature_alpha_dropout", "rrelu", "fractional_max_pool2d", "fractional_max_pool3d"}
 _METADATA = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "element_size", "is_floating_point", "is_complex",
@@ -162,8 +163,8 @@ class Streams(Tensor):
 
     Whatever function of torch the model's forward calls runs on both: on ``clean`` as ever, on ``perturbed`` without autograd. Dropout
     masks and batch statistics come from the clean stream. ``perturbed`` is None as long as both are the same numbers, so that what lies
-    before the first noise is computed once. ``pending`` is the point of the layer whose normalisation, activation and pooling are still
-    running; the first other function that reads the activity puts the noise in. ``deferred``: they have not run yet, ``clean`` and
+    before the first noise is computed once. ``pending`` is the point of the layer whose normalisation, activation, pooling and dropout are
+    still running; the first other function that reads the activity puts the noise in. ``deferred``: they have not run yet, ``clean`` and
     ``perturbed`` do not exist, and the tensor itself is an empty one. ``source`` is the point whose activity this is, with the
     rearrangements since.
     """
@@ -245,12 +246,12 @@ def twin(s: Streams) -> Tensor:
 
 
 def _run(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if name in ("dim", "ndimension") and args[0].deferred is not None:  # nn.BatchNorm2d asks; no fused function changes it
-        return args[0].deferred.source.clean.ndim
-    if name in _METADATA or (name == "__get__" and func.__self__ not in _VIEWS):
-        return func(*_map(_clean, args), **kwargs)
-    grouped = name.removesuffix("_") in _GROUP
-    if not grouped:
+    if name in ("dim", "ndimension") and args[0].deferred is not None:  # nn.BatchNorm2d asks
+        return _ndim(args[0])
+    made = name.startswith(("new_", "rand", "bernoulli")) or name.endswith("_like")
+    if made or name in _METADATA or (name == "__get__" and func.__self__ not in _VIEWS):
+        return func(*_map(_plain if made else _clean, args), **kwargs)
+    if not _grouped(name, args):
         args, kwargs = _map(_realise, args), _map(_realise, kwargs)
     if args and isinstance(args[0], Streams) and args[0].net.fuses and len(_all((args, kwargs))) == 1:
         waits = _defer(func, name, args[0], args[1:], kwargs)
@@ -329,7 +330,6 @@ def _in_place(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    grouped = name.removesuffix("_") in _GROUP
     every = _all((args, kwargs))
     first, net = every[0], every[0].net
     for s in every:
@@ -363,8 +363,6 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         first.perturbed = twin(first).clone()
     constant = net.constant if net.warming else _same
     clean = func(*_map(_clean, args, constant), **_map(_clean, kwargs, constant))
-    if name.startswith(("new_", "rand", "bernoulli")) or name.endswith("_like"):
-        return clean
     perturbed = None
     if differ:
         n = len(first.clean) if first.clean.ndim else 0
@@ -377,11 +375,25 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
         rest, n = args[1:], first.clean.shape[0]
         source = (first.source[0], (*first.source[1], (name, lambda t: func(*_fit(name, (t, *rest), n), **kwargs))))
     if isinstance(clean, Tensor):
-        return streams(net, clean, perturbed, first.pending if grouped else None, source, read)
+        return streams(net, clean, perturbed, first.pending if _grouped(name, args) else None, source, read)
     if isinstance(clean, (tuple, list)):
         twins = perturbed if perturbed is not None else [None] * len(clean)
         return type(clean)([streams(net, c, p, read=read) if isinstance(c, Tensor) else c for c, p in zip(clean, twins, strict=True)])
     return clean
+
+
+def _grouped(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a layer's point comes after it: what _GROUP holds, and a constant for each sample, as DropPath multiplies with."""
+    if name.removesuffix("_") in _GROUP:
+        return True
+    if name.strip("_") not in ("mul", "rmul") or not isinstance(args[0], Streams) or args[0].pending is None:
+        return False
+    x, mask = args[0], args[1]
+    return type(mask) is Tensor and not mask.requires_grad and mask.ndim == _ndim(x) and mask.numel() == len(mask)
+
+
+def _ndim(s: Streams) -> int:
+    return (s.clean if s.deferred is None else s.deferred.source.clean).ndim  # which no fused function changes
 
 
 def _rows_first(t: Tensor) -> Tensor:
@@ -430,6 +442,11 @@ def _clean(s: Streams) -> Tensor:
     return resolve(s).clean
 
 
+def _plain(s: Streams) -> Tensor:
+    """The clean activity in the plain model's layout, in whose order random numbers are drawn."""
+    return _rows_first(_clean(s)) if s.net.rows_first else _clean(s)
+
+
 def _same(x: Any) -> Any:
     return x
 
@@ -454,11 +471,11 @@ def _dropout(func: Any, s: Streams, args: tuple[Any, ...], kwargs: dict[str, Any
     if "inplace" in kwargs:
         kwargs = {**kwargs, "inplace": False}
     with torch.no_grad():
-        mask = func(torch.ones_like(s.clean), *args[1:], **kwargs)
+        mask = func(torch.ones_like(_plain(s)), *args[1:], **kwargs)
         rows = s.net.rows(mask)
         perturbed = s.perturbed * rows if s.net.running and s.perturbed is not None else None
     # in layerwise the source stays: the layer that reads the activity puts the noise in behind the mask
-    return streams(s.net, s.clean * mask, perturbed, None, s.source, s.read)
+    return streams(s.net, s.clean * mask, perturbed, s.pending, s.source, s.read)
 
 
 def _batch_norm(s: Streams, norm: Norm) -> Streams:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels._check import in_interval, integer, one_of, positive
 from fbkernels.data import NAMES, crop_and_flip, draw_crops, load
-from fbkernels.models import MODELS, direct_points
+from fbkernels.models import MODELS, block_points
 from fbkernels.plot import curves
 
 __all__ = [
@@ -302,8 +302,9 @@ def build(
         if s.compile and feedback == "layerwise":
             raise ValueError(f"compile: layerwise feedback cannot be compiled, and {method} has that")
         decay = rule.decay / lr if isinstance(rule, fb.KolenPollack) else decay
-        points = direct_points(net, s.points) if feedback == "direct" else None
-        if feedback == "direct" and s.points == "block" and points is None:
+        blocks = feedback == "direct" and s.points == "block"
+        points = block_points(net) if blocks else None
+        if blocks and points is None:
             raise ValueError(f"points must be 'layer' with {s.model}, which has no residual blocks, got 'block'")
         net = fb.convert(
             net,
