@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import emulated
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +19,7 @@ from test_perturbed_layers import check as check_layer
 from test_perturbed_layers import example
 from test_pointwise import calls
 from test_pointwise import check as check_pointwise
-from test_ridge_gain import agrees, batch
+from test_ridge_gain import agrees, batch, check_ill_conditioned
 from torch import Tensor, nn
 
 import fbkernels as fb
@@ -111,25 +110,15 @@ def test_gains_of_groups(m: int) -> None:
 @pytest.mark.parametrize("m", [10, 100, 128, 300])
 @pytest.mark.parametrize("decay", [0, 3])
 def test_ill_conditioned_statistics(m: int, decay: float) -> None:
-    """Trace 1e6 over gamma 0.1: the float64 gains are off by at most twice what torch's own inverse is off."""
-    generator = torch.Generator().manual_seed(1)
-    turn = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))[0]
-    rows = torch.randn(4 * m + 32, m, generator=generator, dtype=torch.float64) * torch.logspace(0, -decay, m, dtype=torch.float64) @ turn
-    rows = rows - rows.mean(1, keepdim=True)
-    V, R = rows[32:].mT @ rows[32:], rows[:32].float()
-    V = 1e6 / V.trace() * V + 0.1 * torch.eye(m, dtype=torch.float64)
-    n, (out, scratch) = 32, (V.new_empty(m, m, device=DEVICE), V.new_empty(3 * 32 + 2 * m, m, device=DEVICE))
-    single = [torch.empty(k, m, device=DEVICE) for k in (n, m, n)]
-    ops._C.ridge_gain(R.to(DEVICE), torch.ones(n, device=DEVICE), V.to(DEVICE), out, *single, scratch, 0.1, 1.0)
-    V, Q, R = out.cpu(), scratch[n : 2 * n].cpu(), R.double()  # there stands Q before it rounds to float32
-    assert torch.equal(Q.float(), single[0].cpu())
-    torchs = torch.cholesky_inverse(torch.linalg.cholesky(V))
-    long = V.numpy().astype(np.longdouble)
-    exact = R.numpy() @ torchs.numpy().astype(np.longdouble)
-    for _ in range(4):
-        exact = exact + (R.numpy() - exact @ long) @ torchs.numpy()
-    error, theirs = (float(abs(q.numpy() - exact).max()) for q in (Q, R @ torchs))
-    assert error <= 2 * theirs
+    def gain(R: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        n, (out, scratch) = 32, (V.new_empty(m, m, device=DEVICE), V.new_empty(3 * 32 + 2 * m, m, device=DEVICE))
+        single = [torch.empty(k, m, device=DEVICE) for k in (n, m, n)]
+        ops._C.ridge_gain(R.to(DEVICE), torch.ones(n, device=DEVICE), V.to(DEVICE), out, *single, scratch, 0.1, 1.0)
+        Q = scratch[n : 2 * n].cpu()  # before it rounds to float32
+        assert torch.equal(Q.float(), single[0].cpu())
+        return out.cpu(), Q
+
+    check_ill_conditioned(m, decay, gain)
 
 
 @pytest.mark.parametrize("m", [5, 64, 150])
