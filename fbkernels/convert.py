@@ -128,7 +128,8 @@ def convert(
             point.converted = True
             point.train(module.training)
             if type(module).forward is not nn.Sequential.forward:  # which runs the point itself, as its last child
-                module.register_forward_hook(point.attach if kind == "layer" else point.follow)
+                hook = point.attach if kind == "layer" else point.follow
+                owner.hooks.append((module._forward_hooks, module.register_forward_hook(hook).id, hook))
         if isinstance(module, (nn.Linear, _ConvNd)):
             point.channels_first = isinstance(module, _ConvNd)
         point.name, point.index, point._net = name, len(owner.points), (owner,)
@@ -138,13 +139,14 @@ def convert(
             module, point = net.get_submodule(name), FeedbackPoint()
             point.name, point.reads, point.converted, point._net = f"{name}.input", name, True, (owner,)
             owner.readers[name.replace(".", "/")] = point
-            module.register_forward_pre_hook(point.enter)
+            owner.hooks.append((module._forward_pre_hooks, module.register_forward_pre_hook(point.enter).id, point.enter))
     # a child of the first point and not of the network, which may be a Sequential that runs its children
     next(iter(owner.points.values())).shared = owner
     net.__dict__["feedback"] = owner
     net.register_forward_pre_hook(owner.begin, with_kwargs=True)
     net.register_forward_hook(owner.end)
     net.register_load_state_dict_pre_hook(owner.check)
+    owner.root = (net,)
     owner.train(model.training)
     return net
 

@@ -57,6 +57,9 @@ class Feedback(Stateful):
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
         self.warned = False
         self.measured: list[Measurement] = []  # layerwise: steps whose backward pass has run
+        self.root: tuple[nn.Module, ...] = ()  # the network; a tuple, so that it is no child
+        self.hooks: list[tuple[dict[int, Any], int, Any]] = []  # of points on the modules: in which dictionary, its key, the hook
+        self.hooked = True
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
         self.processes: Processes | None = None  # where there are several; PerturbedLoss knows them
@@ -84,10 +87,26 @@ class Feedback(Stateful):
 
     # the forward of the network
 
+    def train(self, mode: bool = True) -> Feedback:
+        super().train(mode)
+        if self.root:
+            self.hook()
+        return self
+
+    def hook(self) -> None:
+        """The points' hooks are there in training alone, so that in eval the modules are the plain ones."""
+        if self.hooked == self.root[0].training:
+            return
+        self.hooked = self.root[0].training
+        for hooks, key, hook in self.hooks:
+            later = [(k, hooks.pop(k)) for k in list(hooks) if k >= key]  # keys grow, and a user's own hooks keep their places
+            hooks.update(([(key, hook)] if self.hooked else []) + [(k, h) for k, h in later if k != key])
+
     def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of the network."""
         if not root.training:
             return None
+        self.hook()  # where a part of the model keeps train() to itself
         self._reset()
         if transformed():
             raise RuntimeError(

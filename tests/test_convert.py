@@ -77,6 +77,39 @@ def test_a_models_own_hooks_keep_running() -> None:
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_in_eval_the_modules_are_the_plain_ones(feedback: str) -> None:
+    seen: list[bool] = []
+    net = fb.convert(cnn(), feedback=feedback)
+    net[5].register_forward_hook(lambda m, args, h: seen.append(getattr(h, "pending", None) is not None))
+    hooks = lambda n: {k: [*m._forward_pre_hooks, *m._forward_hooks] for k, m in n.named_modules()}  # noqa: E731
+    plain, training = hooks(cnn()), hooks(net)
+    for other in (net, copy.deepcopy(net)):
+        seen.clear()
+        own = list(other.eval()[5]._forward_hooks)
+        assert len(own) == 1 and {k: v for k, v in hooks(other).items() if k not in ("", "5") and "feedback" not in k} == {
+            k: v for k, v in plain.items() if k not in ("", "5")
+        }
+        other(X)
+        assert hooks(other.train()) == training
+        other[0].eval()  # frozen, alone
+        assert hooks(other) == training
+        train(other)
+        assert seen == [False, True]  # the user's hook still runs after the point's
+
+
+def test_a_part_that_keeps_train_to_itself() -> None:
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> Frozen:
+            return self
+
+    model = nn.Sequential(Frozen(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5))
+    net, x = fb.convert(model.eval()), torch.randn(6, 4)
+    assert torch.equal(net(x), model(x))
+    train(net.train(), x)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_revert(feedback: str) -> None:
     model = cnn()
     net = fb.convert(model, feedback=feedback)
