@@ -17,11 +17,11 @@ from fbkernels.streams import Norm
 
 
 class Deliver(torch.autograd.Function):
-    """Per-sample losses whose backward hands c e to the logits and c e B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
+    """Per-sample losses whose backward hands c e to the logits and c r B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
 
-    ``feedback`` holds a B_l [units, outputs] for each activity, and ``layouts`` how units lie in it (the last arguments of
-    ``reference.layout``); or with ``given`` the gradients dL/dh_l themselves. A fused block gets
-    ``(c e B_l^T) * phi'``.
+    r is e, or with ``basis`` C [outputs, m] e C. ``feedback`` holds a B_l [units, m] for each activity, and ``layouts`` how units lie in it
+    (the last arguments of ``reference.layout``); or with ``given`` the gradients dL/dh_l themselves. A fused block gets
+    ``(c r B_l^T) * phi'``.
     """
 
     @staticmethod
@@ -29,6 +29,7 @@ class Deliver(torch.autograd.Function):
         ctx: Any,
         losses: Tensor,
         e: Tensor,
+        basis: Tensor | None,
         feedback: tuple[Tensor, ...],
         blocks: tuple[tuple[Behind, Tensor, Tensor | None] | None, ...],
         layouts: tuple[tuple[bool | None, int], ...],
@@ -38,7 +39,7 @@ class Deliver(torch.autograd.Function):
         logits: Tensor,
         *activities: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
+        ctx.save_for_backward(e, basis, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
         ctx.behind = [None if block is None else block[0] for block in blocks]
         ctx.given, ctx.record, ctx.layouts = given, record, layouts
         ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
@@ -48,26 +49,27 @@ class Deliver(torch.autograd.Function):
     def backward(ctx: Any, c: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
             raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
-        e, *rest = ctx.saved_tensors
+        e, basis, *rest = ctx.saved_tensors
         feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
         if ctx.record is not None:
             ctx.record(c)
         (shape, dtype), *like = ctx.like
         ce = c.to(e.dtype)[:, None] * e
         grads = [ce.view(shape).to(dtype)]
+        cr = ce if basis is None else ce @ basis.to(ce.dtype)
         for F, behind, (first, share), (shape, dtype) in zip(feedback, ctx.behind, ctx.layouts, like, strict=True):
             if behind is not None:
-                grads.append(behind.deliver(ce, F, next(kept), next(kept)))
+                grads.append(behind.deliver(cr, F, next(kept), next(kept)))
                 continue
             if ctx.given:
                 g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1))
             else:  # what places share is their sum's: each gets the mean
-                g = ce.to(F.dtype) @ F.T
+                g = cr.to(F.dtype) @ F.T
                 if share > 1:
                     g = g / units(g.new_ones(1, *shape[1:]), first, share)
                 g = layout(g, shape, first, share)
             grads.append(g.to(dtype))
-        return None, None, None, None, None, None, None, None, *grads
+        return *(None,) * 9, *grads
 
 
 class Reach(torch.autograd.Function):
@@ -122,14 +124,14 @@ class Behind:
     version: int = 0  # of what phi' is read from
     delta: Tensor | None = None  # the error there; autograd wants a gradient of the activity to have its shape
 
-    def deliver(self, ce: Tensor, B: Tensor, kept: Tensor, winner: Tensor | None) -> Tensor:
-        """``(c e B^T) * phi'``, with ``winner`` before the max-pooling."""
+    def deliver(self, cr: Tensor, B: Tensor, kept: Tensor, winner: Tensor | None) -> Tensor:
+        """``(c r B^T) * phi'``, with ``winner`` before the max-pooling."""
         delta: Tensor
         if winner is None:
-            delta = ops.feedback(ce, B, kept, self.activation, backend=self.backend)
+            delta = ops.feedback(cr, B, kept, self.activation, backend=self.backend)
             return delta
         window = dict(zip(("kernel_size", "stride", "padding"), self.window, strict=True))
-        self.delta = ops.feedback(ce, B, kept, self.activation, winner=winner, size=self.size, **window, backend=self.backend)
+        self.delta = ops.feedback(cr, B, kept, self.activation, winner=winner, size=self.size, **window, backend=self.backend)
         return kept.new_zeros(()).expand(kept.shape)
 
 

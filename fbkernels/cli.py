@@ -142,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="direct feedback: S x S units of a map, or 'channel', have one noise and one row of B; default: 4 for ResNets, else 1",
     )
+    p.add_argument("--rank", type=int, metavar="R", help="direct feedback: B has R columns, for random sums of the outputs' errors")
     p.add_argument("--noise-std", type=float, metavar="SIGMA", help=f"in units of the activities; default: {default.noise_std}")
     p.add_argument("--noise", choices=("gaussian", "rademacher"), help=f"default: {default.noise}")
     p.add_argument("--seeds", type=_seeds, metavar="K", help="number of seeds, or a list such as 0,3,7; default: 1")

@@ -44,6 +44,7 @@ def convert(
     warmup: int = 0,
     backend: str = "auto",
     share: int | str = 1,
+    rank: int | None = None,
 ) -> nn.Module:
     """A network with feedback points around the very same Parameter and buffer objects; ``model`` stays as it was.
 
@@ -74,6 +75,9 @@ def convert(
         share: direct feedback: ``share`` x ``share`` neighbouring units of a channel, or with "channel" all of them, get the same noise and
             have one row of B, which learns the sum of their gradients; each gets the mean. So B is smaller and needs fewer samples, about
             n_tot with ``Joint``, and what differs within a patch is lost. Such maps run outside the fused kernels.
+        rank: direct feedback: each layer gets ``(e C) B^T``, with one random C [outputs, rank] of orthonormal columns, a function of
+            ``seed``. So B has ``rank`` columns, 1 to the number of outputs, and learns from e C (``Joint(signal="output")`` from the
+            outputs' change times C). None: a column for each output.
 
     Raises:
         TypeError, ValueError: an argument that is not of the form above; no hidden layer found; a rule that the feedback structure
@@ -96,6 +100,10 @@ def convert(
         integer("share", share, 1)
     if share != 1 and (feedback != "direct" or rule.private):
         raise ValueError(f"share must be 1 with feedback={feedback!r} and {rule!r}, whose B has a row for no unit, got {share!r}")
+    if rank is not None:
+        integer("rank", rank, 1)
+        if feedback != "direct" or rule.private:
+            raise ValueError(f"rank must be None with feedback={feedback!r} and {rule!r}, whose B has a column for no output, got {rank!r}")
     places = _places(model, points, include, exclude)
     owner = Feedback(
         layerwise=feedback == "layerwise" and not rule.private,
@@ -110,6 +118,7 @@ def convert(
         warmup=integer("warmup", warmup, 0),
         backend=backend,
         share=_WHOLE if share == "channel" else int(share),
+        rank=rank,
     )
     net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
     for module in net.modules():

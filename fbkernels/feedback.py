@@ -42,12 +42,14 @@ class Feedback(Stateful):
         warmup: int,
         backend: str,
         share: int,
+        rank: int | None,
     ) -> None:
         super().__init__()
         self.layerwise, self.everywhere = layerwise, everywhere
         self.rule, self.noise_std, self.noise, self.seed = rule, noise_std, noise, seed
         self.every, self.fraction, self.antithetic, self.warmup, self.backend = every, fraction, antithetic, warmup, backend
         self.share = share  # places along each dimension of a map that have one noise and one row of B
+        self.rank = rank  # columns of B, where they are fewer than outputs
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.points: dict[str, FeedbackPoint] = {}
@@ -192,6 +194,8 @@ class Feedback(Stateful):
             self.points.clear()
             self.points.update(ordered)
         y = output.clean
+        if self.rank is not None and self.rank > math.prod(y.shape[1:]):
+            raise ValueError(f"rank must be at most {math.prod(y.shape[1:])}, the number of outputs, got {self.rank}")
         if self.processes is not None and not self.layerwise:
             y = Reach.apply(y, *self.activities.values())
         self.logits, self.perturbed, self.running = y, output.perturbed, False
@@ -310,13 +314,25 @@ class Feedback(Stateful):
 
     # learning B
 
+    def project(self, t: Tensor) -> Tensor:
+        """[N, outputs] as B's regression sees it: t C with ``rank``, C [outputs, rank] with orthonormal columns, a function of the seed."""
+        if self.rank is None:
+            return t
+        if "C" not in self.state:
+            last = torch.full((), 2**32 - 1, dtype=torch.int64)  # a step that training does not reach, and a point
+            normal = ops.noise(last, self.seed, 2**32 - 1, t.shape[1], self.rank, 1.0, "gaussian", dtype=torch.float64)
+            Q, R = torch.linalg.qr(normal)
+            self.state["C"] = (Q * R.diagonal().sign()).to(self.step.device)
+        return t @ self.state["C"].to(t.dtype)
+
     def measure(self, e: Tensor, dL: Tensor, dy: Tensor, ok: Tensor) -> Measurement:
-        """What the step showed: the loss change of each perturbed sample and e = dL/dlogits; samples that are not ok count as zero."""
+        """What the step showed: the loss change of each perturbed sample and e = dL/dlogits, or e C; samples that are not ok count as
+        zero."""
         assert self.logits is not None
         dtype, n = torch.promote_types(self.logits.dtype, torch.float32), len(ok)
         skipped = (~ok).sum()
         self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
-        e = torch.where(ok[:, None], e[:n], 0.0)
+        r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
         prediction: Tensor | float = 0.0
         if self.predictions:
             prediction = torch.cat(self.predictions).sum(0) * ok[:, None]
@@ -325,7 +341,7 @@ class Feedback(Stateful):
             rows=n,
             std=self.noise_std,
             units=sum(self.points[name].units for name in self.activities),
-            regressor=e.to(dtype),
+            regressor=r.to(dtype),
             w=(dL / self.noise_std**2).to(dtype),
             loss_change=dL.to(dtype),
             output_change=dy.to(dtype),
@@ -434,7 +450,9 @@ class Feedback(Stateful):
 
     def extra_repr(self) -> str:
         share = "" if self.share == 1 else f", share={self.share}"
-        return f"{'layerwise' if self.layerwise else 'direct'}, rule={self.rule}, noise_std={self.noise_std}, noise={self.noise!r}{share}"
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        structure = "layerwise" if self.layerwise else "direct"
+        return f"{structure}, rule={self.rule}, noise_std={self.noise_std}, noise={self.noise!r}{share}{rank}"
 
     def names(self) -> tuple[str, ...]:
         return () if self.layerwise else self.rule.statistics
@@ -467,11 +485,12 @@ class Feedback(Stateful):
             raise ValueError(f"checkpoint of another rule: its feedback is {method}, the network's is {self._method()}")
 
     def _method(self) -> str:
-        return f"{'layerwise' if self.layerwise else 'direct'} {type(self.rule).__name__}"
+        basis = "" if self.rank is None else f", rank {self.rank} of seed {self.seed}"  # without which B has no meaning
+        return f"{'layerwise' if self.layerwise else 'direct'} {type(self.rule).__name__}{basis}"
 
     def _description(self) -> dict[str, Any]:
         """What processes have to have in common."""
-        names = ("noise_std", "noise", "seed", "share", "every", "fraction", "antithetic", "warmup", "backend")
+        names = ("noise_std", "noise", "seed", "share", "rank", "every", "fraction", "antithetic", "warmup", "backend")
         feedback = "layerwise" if self.layerwise else "direct"
         described = {"feedback": feedback, "rule": repr(self.rule), "points": list(self.points)} | {n: getattr(self, n) for n in names}
         states = {f"{k} of point {n!r}": t for n, point in self.points.items() for k, t in point.state.items()} | self.state

@@ -132,7 +132,8 @@ class PerturbedLoss(nn.Module):
     noise, parts may differ in size, and B, statistics and step are on every process what one process would have, up to the order of
     float32 sums. They are replicated and never sent; beside W's gradients, a step with a perturbed stream sends, in float32,
 
-    * ``direct``: ``(e_n, dL_n)`` of each sample, K + 1 numbers; ``Joint`` K, a row of G. Every process regenerates the noise of all.
+    * ``direct``: ``(e_n, dL_n)`` of each sample, K + 1 numbers; ``Joint`` K, a row of G. With ``rank`` K is that. Every process regenerates
+      the noise of all.
     * ``layerwise``: at the end of the backward pass the sum of B's updates, as large as W, ``Ridge`` also R^T R [m, m] in float64; for
       rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
     * ``SyntheticGradient`` the sum of B's updates; ``Fixed`` and rules that follow W nothing.
@@ -278,12 +279,14 @@ def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anc
                 net.schedule(m)
             m.scale = c.detach()
     else:
-        feedback = tuple(point.create((point.units, e.shape[1]), logits) for point in points)
+        feedback = tuple(point.create((point.units, net.rank or e.shape[1]), logits) for point in points)
         activities = tuple(net.activities.values())
     layouts = tuple((point.channels_first, net.share) for point in points) if activities else ()
     blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
     for point, block in zip(points, blocks, strict=False):
         if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
             raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
-    out: Tensor = Deliver.apply(losses, e, feedback, blocks, layouts, net.rule.private, record, anchor, logits, *activities)
+    out: Tensor = Deliver.apply(
+        losses, e, net.state.get("C"), feedback, blocks, layouts, net.rule.private, record, anchor, logits, *activities
+    )
     return out

@@ -23,8 +23,8 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
 
     * ``angle``: degrees, 0 to 180, between the learned and the true ``dL/dh_l`` of the whole batch, as one vector each.
     * ``update_angle``: the same between the gradients of the parameters of the layer that the point is behind.
-    * ``weight_angle``: between B and what it stands for: W_(l+1)^T in ``layerwise``; in ``direct`` the best linear map from e to the true
-      gradient on this batch.
+    * ``weight_angle``: between B and what it stands for: W_(l+1)^T in ``layerwise``; in ``direct`` the best linear map from e, or what
+      ``rank`` leaves of it, to the true gradient on this batch.
     * ``sign_congruence``: fraction of B's entries with that map's sign; 0 counts half.
     * ``relative_error``: ``|W - B| / |W|``; ``projected_error``: the same weighted by the regressors, ``|(W - B) R^T| / |W R^T|``, the one
       that theory speaks of, since B is seen through its regressors only.
@@ -132,6 +132,7 @@ def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | No
     if B is None:
         return None, None, None
     if not owner.layerwise:
+        e = owner.project(e)
         if not torch.isfinite(e).all():
             return B, None, e  # diverged: there is no best map
         best = torch.linalg.pinv(e) @ reference.units(t, point.channels_first, owner.share)  # e of cross-entropy is rank-deficient

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Stateful(nn.Module):
-    """Tensors that the first forward makes and a checkpoint brings along, moved and saved as buffers are. float64 statistics stay float64.
+    """Tensors that the first forward makes, moved as buffers are; those of ``names`` a checkpoint brings along. float64 ones stay float64.
 
     They are no buffers: torch pairs the buffers of a network with those of a copy (AveragedModel, DistributedDataParallel), made when these
     were not there yet.
@@ -49,7 +49,7 @@ class Stateful(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: t for name, t in self.state.items()})
+        destination.update({prefix + name: t for name, t in self.state.items() if name in self.names()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any
@@ -110,11 +110,20 @@ class FeedbackPoint(Stateful):
 
     @property
     def B(self) -> Tensor | None:
-        """The current feedback matrix, flushed; None before the first training step has shown its shape."""
+        """The current feedback matrix, flushed; None before the first training step has shown its shape.
+
+        ``direct``: units x outputs. With ``convert(rank=r)`` units x r: a layer gets ``(e C) B^T``, C being ``basis``, and ``B C^T`` is
+        the units x outputs of that. ``layerwise``: the transposed shape of the next layer's weight, for a convolution its shape.
+        """
         if not self._net:
             return None
         self.net.flush()
         return self.net.rule.feedback(self)
+
+    @property
+    def basis(self) -> Tensor | None:
+        """C [outputs, rank], float64, orthonormal columns: what e is multiplied with before B; None without ``rank`` or before a step."""
+        return self.net.state.get("C") if self._net else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "B":  # nn.Module would write the buffer past every check

@@ -108,7 +108,8 @@ class Settings:
 
     ``validation`` images, the same for every seed, are taken out of the training set and evaluated after each epoch, and the test set is
     read once, after the last; with 0 the test set is evaluated after each epoch. ``points`` "block" is one feedback point for each
-    residual block, and ``share`` is convert's; both are of direct feedback, layerwise rivals have points at each layer and share nothing.
+    residual block, and ``share`` and ``rank`` are convert's; all are of direct feedback, layerwise rivals have points at each layer and
+    share nothing.
 
     Raises:
         ValueError, TypeError: a value that is not of the form above; the message names it.
@@ -133,6 +134,7 @@ class Settings:
     label_smoothing: float = 0.0
     points: str = "layer"  # or "block"
     share: int | str = 1
+    rank: int | None = None
     noise_std: float = 0.05
     noise: str = "gaussian"
     seeds: tuple[int, ...] = (0,)
@@ -168,6 +170,8 @@ class Settings:
             raise ValueError("kolen-pollack needs a decay of W that is B's in each step: optimizer adam or sgd, schedule constant")
         if self.feedback == "layerwise" and (self.points, self.share) != ("layer", 1):
             raise ValueError(f"points must be 'layer' and share 1 with layerwise feedback, got {self.points!r} and {self.share!r}")
+        if self.rank is not None and integer("rank", self.rank, 1) and self.feedback == "layerwise":
+            raise ValueError(f"rank must be None with layerwise feedback, got {self.rank}")
         if self.threads is not None:
             integer("threads", self.threads, 1, 4096)
         if self.lr is not None:
@@ -235,6 +239,8 @@ class _Images:
         available = total - (s.validation or HELD_OUT)
         if available < 1:
             raise ValueError(f"validation must be less than {total}, the training images of {s.data}, got {s.validation}")
+        if s.rank is not None and s.rank > data.classes:
+            raise ValueError(f"rank must be at most {data.classes}, the classes of {s.data}, got {s.rank}")
         self.n = available if s.train_images is None else s.train_images
         if not 1 <= self.n <= available:
             raise ValueError(
@@ -303,6 +309,7 @@ def build(
             raise ValueError(f"compile: layerwise feedback cannot be compiled, and {method} has that")
         decay = rule.decay / lr if isinstance(rule, fb.KolenPollack) else decay
         blocks = feedback == "direct" and s.points == "block"
+        shapes = feedback == "direct" and not rule.private  # its B
         points = block_points(net) if blocks else None
         if blocks and points is None:
             raise ValueError(f"points must be 'layer' with {s.model}, which has no residual blocks, got 'block'")
@@ -314,7 +321,8 @@ def build(
             noise=s.noise,
             seed=seed,
             points=points,
-            share=s.share if feedback == "direct" else 1,
+            share=s.share if shapes else 1,
+            rank=s.rank if shapes else None,
             every=s.every,
             fraction=s.fraction,
             antithetic=s.antithetic,

@@ -70,6 +70,9 @@ def test_what_is_given_comes_first() -> None:
     s = job.recipe(model="resnet20", feedback="direct", rule="joint")
     assert (s.share, job.build(s, "joint", 0, (1, 8, 8), 10)[0].feedback.share) == (4, 4)
     assert job.build(s, "weight-mirror", 0, (1, 8, 8), 10)[0].feedback.share == 1
+    s = job.recipe(model="paper_cnn", rank=3)
+    ranked = {m: job.build(s, m, 0, (1, 8, 8), 10)[0].feedback.rank for m in ("joint", "dfa", "weight-mirror", "node-perturbation")}
+    assert ranked == {"joint": 3, "dfa": 3, "weight-mirror": None, "node-perturbation": None}
     s = job.recipe(model="resnet20")  # digits
     assert (s.augment, s.validation) == (False, 0)
 
@@ -201,6 +204,9 @@ def test_points_for_residual_blocks() -> None:
         ({"model": "resnet20", "points": "block"}, "points must be 'layer' and share 1 with layerwise feedback, got 'block' and 1"),
         ({"model": "resnet20", "share": 4}, "points must be 'layer' and share 1 with layerwise feedback, got 'layer' and 4"),
         ({"model": "paper_cnn", "share": 0}, r"share must be an integer in \[1, .*\], got 0"),
+        ({"model": "resnet20", "rank": 4}, "rank must be None with layerwise feedback, got 4"),
+        ({"model": "paper_cnn", "rank": 0}, r"rank must be an integer in \[1, .*\], got 0"),
+        ({"model": "cnn", "feedback": "direct", "rule": "joint", "rank": 11}, "rank must be at most 10, the classes of cifar10, got 11"),
         ({"model": "resnet20", "compile": True}, "compile: layerwise feedback cannot be compiled, and weight-mirror has that"),
         ({"model": "resnet20", "compare": ("kolen-pollack",)}, "kolen-pollack needs .*: optimizer adam or sgd, schedule constant"),
         ({"validation": 100}, "validation must be less than 100, the training images of cifar10, got 100"),

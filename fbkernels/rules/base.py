@@ -18,7 +18,7 @@ Gain = Tensor | tuple[Tensor, Tensor] | None
 
 @dataclass
 class Measurement:
-    """One perturbed step. N samples; S = N x positions regression samples; m regressors; K outputs."""
+    """One perturbed step. N samples; S = N x positions regression samples; m regressors; K outputs, or in direct the rank of B."""
 
     step: Tensor  # int64, 0-d: whose noise this is
     rows: int  # N
