@@ -355,20 +355,29 @@ def timings(path: Path) -> str:
     return f"{heading}\n{where}\n\n" + "\n".join(lines) + f"\n\nThe machine's own rates in the same run: {roof}.\n"
 
 
-def sharing(path: Path) -> str:
-    """What ``convert(share=)`` does to B's size and to the angle of each layer, as samples pass."""
-    data = json.loads(path.read_text())
-    results = data["results"]
-    samples = list(next(iter(results.values()))["angles"])
-    lines = [
-        f"| share | noisy units | B, MiB | {' | '.join(f'{int(n):,} samples' for n in samples)} | floor |",
-        "| --- " * (4 + len(samples)) + "|",
-    ]
-    for share, row in results.items():
-        angles = [" ".join(f"{angle:.0f}" for angle in layers) for layers in (*row["angles"].values(), row["floor"])]
-        lines.append(f"| {share} | {row['noisy_units']:,} | {row['B_bytes'] / 2**20:.2f} | {' | '.join(angles)} |")
-    text = "angle of each layer while W is kept, and with the best B of the form; torch " + data["torch"]
-    return f"\n## share\n\n`python bench/share.py --data-dir D`: {text}\n\n" + "\n".join(lines) + "\n"
+def smaller(path: Path) -> str:
+    """What ``convert(share=)`` and ``convert(rank=)`` do to B's size and to the angle of each layer, as samples pass."""
+    text = ""
+    for what, data in json.loads(path.read_text()).items():
+        rows = data["rows"]
+        times, signals = "step_cpu_seconds" in rows[0], len({row["signal"] for row in rows}) > 1
+        samples = [f"{int(n):,} samples" for n in rows[0]["angles"]]
+        head = [what, *(["signal"] if signals else []), "noisy units", "B, MiB", *(["time"] if times else []), *samples, "floor"]
+        lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+        for row in rows:
+            angles = [" ".join(f"{angle:.0f}" for angle in layers) for layers in (*row["angles"].values(), row["floor"])]
+            time = [f"{row['step_cpu_seconds'] / rows[0]['step_cpu_seconds']:.2f}"] if times else []
+            cells = [
+                "all" if row[what] is None else str(row[what]),
+                *([row["signal"]] if signals else []),
+                f"{row['noisy_units']:,}",
+                f"{row['B_bytes'] / 2**20:.2f}",
+            ]
+            lines.append(f"| {' | '.join((*cells, *time, *angles))} |")
+        about = f"{data['settings']['data']}, angle of each layer while W is kept, and with the best B of the form; torch {data['torch']}"
+        about += "; time: of the processor for a step, relative to the first row, medians of steps in turns" if times else ""
+        text += f"\n## {what}\n\n`python bench/share.py --data-dir D`: {about}\n\n" + "\n".join(lines) + "\n"
+    return text
 
 
 def experiment(folder: Path) -> str:
@@ -391,7 +400,7 @@ def experiment(folder: Path) -> str:
 def main() -> None:
     figures = RESULTS.parent / "figures"
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
-    shared = sharing(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
+    shared = smaller(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
     reproduced = "".join(experiment(path.parent) for path in sorted(RESULTS.glob("*/results.json")))
     info = extra(benchmarks())
     tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,6 +176,19 @@ def test_summary() -> None:
     steps(net, x, y)
     assert list(fb.summary(net)) == list(predicted)
     assert "rank=2" in str(predicted)
+
+
+def test_what_the_docs_say_was_measured() -> None:
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "bench" / "results" / "share.json").read_text())["rank"]["rows"]
+    full, half = (next(r for r in rows if (r["rank"], r["signal"]) == (rank, "output")) for rank in (None, 50))
+    angles = [" ".join(f"{a:.0f}" for a in r["angles"]["38400"]) for r in (half, full)]
+    said = (
+        f"On CIFAR-100 rank 50 halves B, a step takes {half['step_cpu_seconds'] / full['step_cpu_seconds']:.2f} of the time, and after 38,400 "
+        f"samples the layers are {angles[0]} degrees off, with all 100 columns {angles[1]}."
+    )
+    assert full["B_bytes"] == 2 * half["B_bytes"]
+    assert said in " ".join((root / "docs" / "networks.md").read_text().split())
 
 
 def test_bad_settings() -> None:
