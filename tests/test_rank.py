@@ -183,10 +183,8 @@ def test_what_the_docs_say_was_measured() -> None:
     rows = json.loads((root / "bench" / "results" / "share.json").read_text())["rank"]["rows"]
     full, half = (next(r for r in rows if (r["rank"], r["signal"]) == (rank, "output")) for rank in (None, 50))
     angles = [" ".join(f"{a:.0f}" for a in r["angles"]["38400"]) for r in (half, full)]
-    said = (
-        f"On CIFAR-100 rank 50 halves B, a step takes {half['step_cpu_seconds'] / full['step_cpu_seconds']:.2f} of the time, and after 38,400 "
-        f"samples the layers are {angles[0]} degrees off, with all 100 columns {angles[1]}."
-    )
+    time = half["step_cpu_seconds"] / full["step_cpu_seconds"]
+    said = f"On CIFAR-100 rank 50 halves B, a step takes {time:.2f} of the time, and after 38,400 samples the layers are {angles[0]} degrees off, with all 100 columns {angles[1]}."
     assert full["B_bytes"] == 2 * half["B_bytes"]
     assert said in " ".join((root / "docs" / "networks.md").read_text().split())
 

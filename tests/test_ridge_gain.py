@@ -84,14 +84,14 @@ def test_groups_and_views(m: int) -> None:
         agrees(ops.ridge_gain(given_R, w, given_V, 0.1, 0.9, backend="triton"), given_R, w, given_V, 0.9)
 
 
-def check_ill_conditioned(m: int, decay: float, gain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Trace 1e6 over gamma 0.1: what ``gain`` makes of 32 regressors and V, the new V and Q in float64, is off by at most twice what
+def check_ill_conditioned(m: int, decay: float, dtype: torch.dtype, gain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Trace 1e6 over gamma 0.1: what ``gain`` makes of 32 regressors of ``dtype`` and V, the new V and Q in float64, is off by at most twice what
     torch's own inverse is off."""
     generator = torch.Generator().manual_seed(1)
     turn = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))[0]
     rows = torch.randn(4 * m + 32, m, generator=generator, dtype=torch.float64) * torch.logspace(0, -decay, m, dtype=torch.float64) @ turn
     rows = rows - rows.mean(1, keepdim=True)
-    V, R = rows[32:].mT @ rows[32:], rows[:32].float()
+    V, R = rows[32:].mT @ rows[32:], rows[:32].to(dtype)
     V, Q = gain(R, 1e6 / V.trace() * V + 0.1 * torch.eye(m, dtype=torch.float64))
     R, torchs = R.double(), torch.cholesky_inverse(torch.linalg.cholesky(V))
     long = V.numpy().astype(np.longdouble)
@@ -108,10 +108,10 @@ def test_ill_conditioned_statistics(m: int, decay: float) -> None:
     from fbkernels import kernels
 
     def gain(R: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-        V, Q, _, _ = kernels.ridge_gain(R.double().to(DEVICE), torch.ones(32, device=DEVICE), V.to(DEVICE), 0.1, 1.0)
+        V, Q, _, _ = kernels.ridge_gain(R.to(DEVICE), torch.ones(32, device=DEVICE), V.to(DEVICE), 0.1, 1.0)
         return V.cpu(), Q.cpu()
 
-    check_ill_conditioned(m, decay, gain)
+    check_ill_conditioned(m, decay, torch.float64, gain)
 
 
 def test_the_host_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
