@@ -184,7 +184,10 @@ def test_what_the_docs_say_was_measured() -> None:
     full, half = (next(r for r in rows if (r["rank"], r["signal"]) == (rank, "output")) for rank in (None, 50))
     angles = [" ".join(f"{a:.0f}" for a in r["angles"]["38400"]) for r in (half, full)]
     time = half["step_cpu_seconds"] / full["step_cpu_seconds"]
-    said = f"On CIFAR-100 rank 50 halves B, a step takes {time:.2f} of the time, and after 38,400 samples the layers are {angles[0]} degrees off, with all 100 columns {angles[1]}."
+    said = (
+        f"On CIFAR-100 rank 50 halves B, a step takes {time:.2f} of the time, and after 38,400 samples the layers are {angles[0]} degrees "
+        f"off, with all 100 columns {angles[1]}."
+    )
     assert full["B_bytes"] == 2 * half["B_bytes"]
     assert said in " ".join((root / "docs" / "networks.md").read_text().split())
 

@@ -85,8 +85,8 @@ def test_groups_and_views(m: int) -> None:
 
 
 def check_ill_conditioned(m: int, decay: float, dtype: torch.dtype, gain: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Trace 1e6 over gamma 0.1: what ``gain`` makes of 32 regressors of ``dtype`` and V, the new V and Q in float64, is off by at most twice what
-    torch's own inverse is off."""
+    """Trace 1e6 over gamma 0.1: what ``gain`` makes of 32 regressors of ``dtype`` and V, the new V and Q in float64, is off by at most
+    twice what torch's own inverse is off."""
     generator = torch.Generator().manual_seed(1)
     turn = torch.linalg.qr(torch.randn(m, m, generator=generator, dtype=torch.float64))[0]
     rows = torch.randn(4 * m + 32, m, generator=generator, dtype=torch.float64) * torch.logspace(0, -decay, m, dtype=torch.float64) @ turn
