@@ -66,7 +66,8 @@ def tables(results: Results) -> list[Rows]:
         )
         noisy = text([r.get("noisy_test_error") for r in last], 2)
         error, same = text([r["test_error"] for r in last], 2), text([r["test_error"] for r in equal], 2)
-        lines.append((method, PAPER.get(method, "-"), noisy, error, same, angles, folded, signs, errors))
+        train = text([r.get("train_error") for r in last], 2)
+        lines.append((method, PAPER.get(method, "-"), noisy, error, same, train, angles, folded, signs, errors))
     step = max(record["step"] for run in results for record in run["records"])
     title = f"784-50-20-10 on MNIST, {step:,} steps of 32, {seed_count(results)}"
     return [
@@ -78,6 +79,7 @@ def tables(results: Results) -> list[Rows]:
                 "test error %, noisy",
                 "test error %",
                 "at backprop's compute",
+                "train error %",
                 "angle to backprop, layers 1, 2",
                 "their angle",
                 "sign congruence",

@@ -101,7 +101,6 @@ class MLP:
     def run(self, data: Data, watch: Watch) -> dict[str, Any]:
         """Train, from the checkpoint if there is one; the records, and what pictures need."""
         x, y = data.x, data.x if self.target == "input" else data.y
-        test = data.test_x, data.test_x if self.target == "input" else data.test_y
         fused = self.rule in FUSED and not (self.activity_noise or self.input_noise or self.bias_units or self.perturb)
         net: Engine = Fused(self, x.device) if fused else Modules(self, x.device)
         records: list[dict[str, Any]] = []
@@ -113,15 +112,16 @@ class MLP:
             begin = time.perf_counter()
             losses = net.fit(x, y, steps=min(self.every, self.steps - step), batch_size=self.batch)
             seconds += time.perf_counter() - begin
-            records.append({"step": step + len(losses), "train_loss": short(float(losses.mean())), **self.score(net, *test)})
+            records.append({"step": step + len(losses), "train_loss": short(float(losses.mean())), **self.score(net, data)})
             at = {"records": records, "seconds": seconds}
             watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})  # type: ignore[misc]
         return {"records": records, "seconds": seconds} | (self.draw(net.model(), data) if self.pictures else {})
 
     @torch.no_grad()
-    def score(self, net: Engine, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """Test loss per batch of 32, test error in %, the same on noisy activities, as the authors scored some of theirs, and each hidden
-        layer's feedback against backprop on the first 500 test images."""
+    def score(self, net: Engine, data: Data) -> dict[str, Any]:
+        """Test loss per batch of 32, test error in %, the same on noisy activities, as the authors scored some of theirs, the error on
+        10,000 training images, and each hidden layer's feedback against backprop on the first 500 test images."""
+        x, y = data.test_x, data.test_x if self.target == "input" else data.test_y
         model = net.model()
         record: dict[str, Any] = {}
         noise = self.activity_noise or (self.noise_std if self.rule in COST else 0.0)
@@ -132,6 +132,9 @@ class MLP:
             record[f"{kind}test_loss"] = short(32 * loss / len(x))
             if self.target == "classes":
                 record[f"{kind}test_error"] = short(100 * (1 - correct / len(x)))
+        if self.target == "classes":
+            _, correct = self.test(model, data.x[:10_000], data.y[:10_000], 0.0, 0.0)
+            record["train_error"] = short(100 * (1 - correct / len(data.y[:10_000])))
         if record["test_loss"] is None or (converted := net.converted()) is None:
             return record
         rows = fb.metrics.alignment(converted, self.criterion, x[:500], y[:500])
