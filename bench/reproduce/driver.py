@@ -64,7 +64,8 @@ class Rows(NamedTuple):
 
     def markdown(self) -> str:
         lines = (self.columns, ("---",) * len(self.columns), *self.rows)
-        return f"*{self.title}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        cells = ((cell.replace("|", r"\|") for cell in line) for line in lines)
+        return f"*{self.title}*\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
     def rich(self) -> Table:
         table = Table(title=self.title)
