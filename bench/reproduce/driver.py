@@ -174,7 +174,7 @@ def reproduce(
         _run(todo, experiment.read, data_dir, device, paths, processes)
     found = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]  # of other requests too
     results = sorted(found, key=lambda result: (known.index(result["method"]), result["seed"]))
-    where = {"hardware": hardware(device) | {"processes": processes}, "versions": versions()}
+    where = {"hardware": hardware(device) | {"processes": processes, "threads": _threads(processes)}, "versions": versions()}
     raw = {"experiment": name, "scale": scale, "faithful": faithful, "command": shlex.join(command), **where, "results": results}
     _replace(out / "results.json", lambda path: path.write_text(json.dumps(raw) + "\n"))
     tables = experiment.tables(results)
@@ -221,7 +221,12 @@ def _start(messages: Any, stop: Any, processes: int) -> None:
     global _messages, _stop
     _messages, _stop = messages, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's stop reaches a job between two records
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(_threads(processes))
+
+
+def _threads(processes: int) -> int:
+    """Of each worker."""
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 _messages: Any = None  # of a worker, which runs many jobs
