@@ -32,15 +32,16 @@ FIG3 = ("backprop", "Adam", "feedback alignment", "learned")
 
 def settings(published: bool) -> dict[str, dict[str, object]]:
     """As published: what the authors' code ran, where learned, synthetic and matching have 50 hidden units in the place of 200, backprop
-    and FA an lr that was not searched for, and noise has std 0.1. As described in the paper: 200 units, lr by search, noise of 0.02."""
+    and FA an lr that was not searched for, and noise has std 0.1. As described in the paper: 200 units, lr by search, noise of 0.02; but
+    for backprop, of which theirs, 3.7e-4, puts out all output units in the first ten steps here."""
     noise = {"activity_noise": 0.1 if published else 0.02}
     lms = {"rule_args": {"lr": 8e-6}}
     small = {"sizes": (784, 50, 2, 50, 784)} if published else {}
     backprop, alignment = {"rule": "weight-transport"}, {"rule": "fixed"}
     matching = {"rule": "kolen-pollack", **small}
     return {
-        "backprop": {**backprop, "lr": 5e-5 if published else 3.73e-4},
-        "backprop, noise": {**backprop, **noise, "lr": 3.73e-4},
+        "backprop": {**backprop, "lr": 5e-5 if published else 1e-4},
+        "backprop, noise": {**backprop, **noise, "lr": 3.73e-4 if published else 1e-4},
         "Adam": {**backprop, "optimizer": "adam", "lr": 1.411e-4},
         "Adam, noise": {**backprop, **noise, "optimizer": "adam", "lr": 1.411e-4},
         "feedback alignment": {**alignment, "lr": 5e-5 if published else 3.472e-6},
