@@ -654,7 +654,10 @@ struct Run {
     outer<float>(
         l, p.layer[l].units, m, [&](int n, int u) { return E[n * row + u]; },
         [&](int n, int c) { return Q[n * m + c]; },
-        [&](int j, int g, int i, int c, float v) { feedback(l, j, g)[i * m + c] += v; });
+        [&](int j, int g, int i, int c, float v) {
+          float& b = feedback(l, j, g)[i * m + c];
+          if (finite(b + v)) b += v;  // W diverges, and B stays finite
+        });
   }
 
   // learning W: the gradient never leaves the registers

@@ -450,7 +450,9 @@ struct Run {
     outer(own.first, own.last, m, batch, Strided<float>{p.joint() ? s.xi[l] : s.residual[l], pad, 1},
           Rows{s.gain[p.layerwise ? l : 0], m}, [=](int64_t i, int64_t c, f32v v, int64_t n) {
             float* at = B + i * m + c;
-            n == lanes ? store(at, load(at) + v) : store(at, load(at, n) + v, n);
+            f32v old = n == lanes ? load(at) : load(at, n), sum = old + v;
+            sum = sum * 0.0f == 0.0f ? sum : old;  // W diverges, and B stays finite
+            n == lanes ? store(at, sum) : store(at, sum, n);
           });
   }
 

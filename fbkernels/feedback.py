@@ -16,7 +16,7 @@ from fbkernels.autograd import Behind, Reach, Transport
 from fbkernels.points import FeedbackPoint, Stateful
 from fbkernels.processes import Part, Processes
 from fbkernels.reference import Connection
-from fbkernels.rules.base import Measurement, Rule
+from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.streams import Carry, Streams, resolve, streams, twin
 
 
@@ -330,6 +330,8 @@ class Feedback(Stateful):
         zero."""
         assert self.logits is not None
         dtype, n = torch.promote_types(self.logits.dtype, torch.float32), len(ok)
+        w = (dL / self.noise_std**2).to(dtype)
+        ok = ok & torch.isfinite(w)
         skipped = (~ok).sum()
         self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
         r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
@@ -342,9 +344,9 @@ class Feedback(Stateful):
             std=self.noise_std,
             units=sum(self.points[name].units for name in self.activities),
             regressor=r.to(dtype),
-            w=(dL / self.noise_std**2).to(dtype),
-            loss_change=dL.to(dtype),
-            output_change=dy.to(dtype),
+            w=torch.where(ok, w, 0.0),
+            loss_change=torch.where(ok, dL, 0.0).to(dtype),
+            output_change=torch.where(ok[:, None], dy, 0.0).to(dtype),
             prediction=prediction,
             points=tuple(self.activities),
             errors=self.errors,
@@ -367,7 +369,7 @@ class Feedback(Stateful):
             else:
                 (G,) = part.gather(self.rule.update(m, self.state)[1])
                 m = replace(m, rows=len(G), part=None, gains=(None, G))
-        m.gains = m.gains or self.rule.update(m, self.state)
+        m.gains = finite(*(m.gains or self.rule.update(m, self.state)))
         if self.static and self.scheduled is not None:
             for name in self.rule.statistics:
                 self.state[name] = known[name].copy_(self.state[name])
@@ -435,7 +437,7 @@ class Feedback(Stateful):
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
             point.pending = m if self.rule.additive else m.gathered(self.rule.exchanged)
-            point.pending.gains = self.rule.update(point.pending, point.state)
+            point.pending.gains = finite(*self.rule.update(point.pending, point.state))
 
     def advance(self) -> None:
         self.step.add_(1)
@@ -523,6 +525,17 @@ class Feedback(Stateful):
             "part": None,
         }
         return {**self.__dict__, **fresh}
+
+
+def finite(M: Gain, G: Tensor) -> tuple[Gain, Tensor]:
+    """The gains; zero, so that B stays as it is, where one of them has overflowed."""
+    small = M[1] if isinstance(M, tuple) else M
+    ok = torch.isfinite(G.sum() if small is None else G.sum() + small.sum())
+    G = torch.where(ok, G, 0.0)
+    if small is None:
+        return None, G
+    small = torch.where(ok, small, 0.0)
+    return (M[0], small) if isinstance(M, tuple) else small, G
 
 
 def capturing(step: Tensor) -> bool:

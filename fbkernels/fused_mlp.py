@@ -254,14 +254,14 @@ class FusedMLP:
             self._scratch = torch.zeros(missing, dtype=torch.uint8, device=self.device)
             train(scratch=self._scratch)
         step, skipped, failed = self._counters.tolist()
+        if skipped and not before:
+            warnings.warn(f"{skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
         if failed:
             self._counters[2] = 0
             raise RuntimeError(
                 f"the ridge regression of step {step - 1} is beyond float64: |r|^2 is too large for gamma = {rule.gamma}, "  # type: ignore[attr-defined]
                 "so choose a larger gamma or a smaller lr"
             )
-        if skipped and not before:
-            warnings.warn(f"{skipped} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=3)
 
     def _rows(self, step: int, steps: int, batch: int, samples: int) -> Tensor:
         first, last = step * batch, (step + steps) * batch

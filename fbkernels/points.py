@@ -322,12 +322,17 @@ class FeedbackPoint(Stateful):
         With ``predicted_rows`` also the joint rules' prediction Xi B for the step that begins, if there is a B.
         """
         m, self.pending = self.pending, None
-        rule, prediction = self.net.rule, None
+        rule, prediction, before = self.net.rule, None, self.state.get("B")
         with torch.no_grad():
             if m is not None and type(rule).learn is Rule.learn and m.gains is not None:
                 prediction = self.update(m, *m.gains, predicted_rows=predicted_rows)
             elif m is not None:
                 rule.learn(self, m)
+            if (
+                m is not None and before is not None and (self.net.layerwise or rule.supervised)
+            ):  # what direct learns is small: see finite()
+                B = self.state["B"]
+                self.store(torch.where(torch.isfinite(B.sum()), B, before))
             rule.feedback(self)  # which catches up with W where B follows it
             if predicted_rows and prediction is None and "B" in self.state:
                 B = self.state["B"]

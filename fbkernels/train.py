@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fbkernels as fb
+from fbkernels import files
 from fbkernels._check import in_interval, integer, one_of, positive
 from fbkernels.data import NAMES, crop_and_flip, draw_crops, load
 from fbkernels.models import MODELS, block_points
@@ -352,32 +353,41 @@ def train(
         log: called with each new record.
 
     Raises:
-        ValueError, OSError: bad settings, missing or foreign data files, an ``out`` that is not empty; before anything is written.
+        ValueError, OSError: bad settings, missing or foreign data files, an ``out`` that is not empty or that another process writes to,
+            before anything is written; a disk that is full, from which the job goes on where its checkpoint is.
         KeyboardInterrupt: watch asked for it.
     """
     folder = Path(out)
-    if checkpoint is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out: {folder} is not an empty folder; name another, or continue the run there with --resume {folder}")
+    if checkpoint is None:
+        _check_empty(folder)
     data = _Images(settings)
     for method in settings.methods:  # what is impossible fails before anything is written
         build(settings, method, 0, data.shape, data.classes)
-    folder.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else threads))
-    try:
-        with torch.random.fork_rng([settings.device] if settings.device.startswith("cuda") else []):
-            records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch, log)
-        summary = {
-            "settings": asdict(settings),
-            "versions": versions(),
-            "hardware": hardware(settings.device),
-            "results": summarise(records),
-        }
-    finally:
-        torch.set_num_threads(threads)
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    curves(records, folder)
+    with files.locked(folder):
+        if checkpoint is None:
+            _check_empty(folder)  # another process may have had it since
+        torch.set_num_threads(settings.threads or (1 if settings.model == "mlp" else threads))
+        try:
+            with torch.random.fork_rng([settings.device] if settings.device.startswith("cuda") else []):
+                records = _run(settings, data, folder, checkpoint or {"run": 0, "epoch": 0, "step": 0, "records": []}, watch, log)
+            summary = {
+                "settings": asdict(settings),
+                "versions": versions(),
+                "hardware": hardware(settings.device),
+                "results": summarise(records),
+            }
+        finally:
+            torch.set_num_threads(threads)
+        files.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        curves(records, folder)
     return records
+
+
+def _check_empty(folder: Path) -> None:
+    # a start that was killed before its first checkpoint leaves a lock and a part of a file
+    if folder.exists() and (not folder.is_dir() or any(p.name != files.LOCK and p.suffix != ".tmp" for p in folder.iterdir())):
+        raise ValueError(f"out: {folder} is not an empty folder; name another, or continue the run there with --resume {folder}")
 
 
 def _run(
@@ -392,14 +402,14 @@ def _run(
     runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
     steps = -(-data.n // settings.batch_size)
     records: list[dict[str, Any]] = at["records"]
-    _write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records))  # drops lines that are newer than the checkpoint
 
     def save(run: int, epoch: int, step: int, **state: Any) -> None:
         state |= {"settings": asdict(settings), "records": records, "run": run, "epoch": epoch, "step": step}
-        _save(folder / "checkpoint.pt", state)
+        files.save(folder / "checkpoint.pt", state)
 
     if not (folder / "checkpoint.pt").exists():
         save(0, 0, 0)
+    files.write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records))  # drops lines that are newer than the checkpoint
     saved = time.monotonic()
     for run, (seed, method) in list(enumerate(runs))[at["run"] :]:
         net, criterion, optimizer = build(settings, method, seed, data.shape, data.classes)
@@ -473,7 +483,7 @@ def _run(
             log(record)
             totals = torch.zeros_like(totals)
             save(run, epoch + 1, 0, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=0.0)
-        _save(folder / f"{method}-{seed}.pt", net.state_dict())
+        files.save(folder / f"{method}-{seed}.pt", net.state_dict())
     save(len(runs), 0, 0)
     return records
 
@@ -487,10 +497,10 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Settings, dict[str,
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{folder} has no checkpoint.pt to resume from")
+    state = files.load(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         stored = {f.name: state["settings"][f.name] for f in fields(Settings)}
-    except Exception as error:  # torch.load has no exception of its own for damaged files
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a checkpoint of fbkernels train ({type(error).__name__})") from error
     return Settings(**stored), state
 
@@ -569,15 +579,3 @@ def _spread(values: list[float | None]) -> dict[str, float | None]:
     known = [v for v in values if v is not None]
     error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
     return {"mean": _mean(values), "standard_error": error}
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

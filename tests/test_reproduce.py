@@ -35,7 +35,7 @@ def colour(data_dir: str = "", device: str = "cpu") -> cifar.Images:
 
 def watch(path: Path, stop_at: int | None = None) -> Watch:
     done = [0]
-    return Watch(path, lambda steps: done.__setitem__(0, steps), lambda: done[0] == stop_at)
+    return Watch(path, {}, lambda steps: done.__setitem__(0, steps), lambda: done[0] == stop_at)
 
 
 def without_times(result: dict) -> dict:
@@ -268,7 +268,7 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(ValueError, match="methods must be of backprop, feedback alignment, got 'dfa'"):
         options(tmp_path, seeds=(0,), methods=["dfa"])
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs" / "backprop-0.json").write_text(json.dumps({"job": {"lr": 1}}))
+    (tmp_path / "jobs" / "backprop-0.json").write_text(json.dumps({"method": "backprop", "seed": 0, "job": {"lr": 1}}))
     with pytest.raises(ValueError, match=r"backprop-0\.json is of another experiment, scale or version"):
         options(tmp_path, seeds=(0,), methods=None)
     assert cli.main(["reproduce", "fig2", "--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2

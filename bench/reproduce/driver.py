@@ -10,9 +10,11 @@ import queue
 import shlex
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
+from fbkernels import files
 from fbkernels.data import load
 from fbkernels.train import hardware, versions
 
@@ -112,13 +115,15 @@ class Watch:
         Interrupted: by ``watch(...)``, after saving, where the experiment is to stop.
     """
 
-    def __init__(self, path: Path, report: Callable[[int], Any], stopped: Callable[[], bool]) -> None:
-        self.path, self.report, self.stopped, self.saved = path, report, stopped, time.monotonic()
+    def __init__(self, path: Path, job: Any, report: Callable[[int], Any], stopped: Callable[[], bool]) -> None:
+        self.path, self.job, self.report, self.stopped, self.saved = path, job, report, stopped, time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
-        state: dict[str, Any] = torch.load(self.path, weights_only=True)
+        state = files.load(self.path)
+        if "done" not in state or state.get("job", self.job) != self.job:
+            raise ValueError(f"out: {self.path} is of another experiment, scale or version; name another folder")
         self.report(state["done"])
         return state
 
@@ -126,7 +131,7 @@ class Watch:
         self.report(done)
         stopped = self.stopped()
         if stopped or time.monotonic() - self.saved > SAVE_EVERY:
-            _replace(self.path, lambda path: torch.save({"done": done, **state()}, path))
+            files.save(self.path, {"done": done, "job": self.job, **state()})
             self.saved = time.monotonic()
         if stopped:
             raise Interrupted
@@ -152,7 +157,8 @@ def reproduce(
     with more seeds or methods too; the results are of all that the folder has. Jobs that were started with other settings are refused.
 
     Raises:
-        ValueError, OSError: unknown methods, missing data, an ``out`` of another experiment.
+        ValueError, OSError: unknown methods, missing data, an ``out`` of another experiment or in which another process is at work, a
+            damaged file there, a full disk, a training that was killed.
         KeyboardInterrupt: after all jobs have saved their state.
     """
     jobs = experiment.jobs(scale, seeds, faithful)
@@ -161,27 +167,36 @@ def reproduce(
         if method not in known:
             raise ValueError(f"methods must be of {', '.join(known)}, got {method!r}")
     jobs = [job for job in jobs if methods is None or job.method in methods]
-    out.mkdir(parents=True, exist_ok=True)
     paths = {job.name: out / "jobs" / f"{job.name}.json" for job in jobs}
-    for job in jobs:
-        path = paths[job.name]
-        if path.exists() and json.loads(path.read_text())["job"] != _plain(job):
-            raise ValueError(f"out: {path} is of another experiment, scale or version; name another folder")
-    (out / "jobs").mkdir(exist_ok=True)
-    todo = [job for job in jobs if not paths[job.name].exists()]
-    if todo:
-        experiment.read(data_dir, "cpu")  # what is missing fails here
-        _run(todo, experiment.read, data_dir, device, paths, processes)
-    found = [json.loads(path.read_text()) for path in (out / "jobs").glob("*.json")]  # of other requests too
-    results = sorted(found, key=lambda result: (known.index(result["method"]), result["seed"]))
-    where = {"hardware": hardware(device) | {"processes": processes, "threads": _threads(processes)}, "versions": versions()}
-    raw = {"experiment": name, "scale": scale, "faithful": faithful, "command": shlex.join(command), **where, "results": results}
-    _replace(out / "results.json", lambda path: path.write_text(json.dumps(raw) + "\n"))
-    tables = experiment.tables(results)
-    _replace(out / "table.md", lambda path: path.write_text("\n".join(table.markdown() for table in tables)))
-    for key, figure in experiment.figures(results).items():
-        figure.savefig(out / f"{key}.png", dpi=150)
+    with files.locked(out):
+        (out / "jobs").mkdir(exist_ok=True)
+        own = {paths[job.name]: _plain(job) for job in jobs}
+        for path in (out / "jobs").glob("*.json"):  # of other requests too
+            result = _finished(path)
+            if result["method"] not in known or result["job"] != own.get(path, result["job"]):
+                raise ValueError(f"out: {path} is of another experiment, scale or version; name another folder")
+        todo = [job for job in jobs if not paths[job.name].exists()]
+        if todo:
+            experiment.read(data_dir, "cpu")  # what is missing fails here
+            _run(todo, experiment.read, data_dir, device, paths, processes)
+        results = sorted(map(_finished, (out / "jobs").glob("*.json")), key=lambda result: (known.index(result["method"]), result["seed"]))
+        where = {"hardware": hardware(device) | {"processes": processes, "threads": _threads(processes)}, "versions": versions()}
+        raw = {"experiment": name, "scale": scale, "faithful": faithful, "command": shlex.join(command), **where, "results": results}
+        files.write(out / "results.json", json.dumps(raw) + "\n")
+        tables = experiment.tables(results)
+        files.write(out / "table.md", "\n".join(table.markdown() for table in tables))
+        for key, figure in experiment.figures(results).items():
+            figure.savefig(out / f"{key}.png", dpi=150)
     return tables
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        result["method"], result["seed"], result["job"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove it, and that training is done again") from error
+    return result
 
 
 def _run(jobs: Sequence[Job], read: Callable[..., Any], data_dir: str, device: str, paths: Mapping[str, Path], processes: int) -> None:
@@ -214,12 +229,15 @@ def _run(jobs: Sequence[Job], read: Callable[..., Any], data_dir: str, device: s
             pool.shutdown(cancel_futures=True)
             if isinstance(error, Interrupted):
                 raise KeyboardInterrupt from None
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError("a training was killed, for want of memory perhaps; the same command goes on from here") from error
             raise
 
 
 def _start(messages: Any, stop: Any, processes: int) -> None:
     global _messages, _stop
     _messages, _stop = messages, stop
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's stop reaches a job between two records
     torch.set_num_threads(_threads(processes))
 
@@ -227,6 +245,14 @@ def _start(messages: Any, stop: Any, processes: int) -> None:
 def _threads(processes: int) -> int:
     """Of each worker."""
     return max(1, (os.cpu_count() or 1) // processes)
+
+
+def _end_with_parent() -> None:
+    """A killed parent's trainings would go on, unseen, while it is asked for again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _messages: Any = None  # of a worker, which runs many jobs
@@ -239,20 +265,14 @@ def _work(job: Job, read: Callable[[str, str], Any], data_dir: str, device: str,
         _data[data_dir, device] = read(data_dir, device)
     state = path.with_suffix(".pt")
     _messages.put((job.name, 0))
-    result = job.run(_data[data_dir, device], Watch(state, lambda done: _messages.put((job.name, done)), _stop.is_set))
+    result = job.run(_data[data_dir, device], Watch(state, _plain(job), lambda done: _messages.put((job.name, done)), _stop.is_set))
     record = {"method": job.method, "seed": job.seed, "job": _plain(job), **result}
-    _replace(path, lambda temporary: temporary.write_text(json.dumps(record) + "\n"))
+    files.write(path, json.dumps(record) + "\n")
     state.unlink(missing_ok=True)
 
 
 def _plain(job: Any) -> Any:
     return json.loads(json.dumps(asdict(job)))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def by_method(results: Results) -> dict[str, Results]:
