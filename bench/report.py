@@ -380,6 +380,22 @@ def smaller(path: Path) -> str:
     return text
 
 
+def soaked(path: Path) -> str:
+    """What long runs leak and how far they drift."""
+    data = json.loads(path.read_text())
+    lines = ["| network | steps | bytes a step | at most | not finite | skipped | B's error | V's asymmetry |", "| --- " * 8 + "|"]
+    for name, r in data["results"].items():
+        numbers = [" ".join(f"{v:.1e}" for v in r.get("error_of_B", ())) or "-", f"{r['asymmetry']:.1e}" if "asymmetry" in r else "-"]
+        memory = f"{r['bytes_per_step']:.3f} | {r['bytes_per_step_upper']:.3f}"
+        lines.append(f"| {name} | {r['steps']:,} | {memory} | {r['non_finite_losses']} | {r['skipped']} | {' | '.join(numbers)} |")
+    about = ", ".join(f"{k} {v}" for part in ("versions", "hardware") for k, v in data[part].items() if v is not None)
+    text = (
+        "*bytes a step*: the slope of resident memory, and the upper end of its 95 % interval; an allocation lost each step would take 32. "
+        "*B's error*: of each layer, to the ridge solution of all steps in float64 (SPEC 7's norm)."
+    )
+    return f"\n## soak\n\n`python bench/soak.py`\n\n{about}\n\n{text}\n\n" + "\n".join(lines) + "\n"
+
+
 def experiment(folder: Path) -> str:
     """A figure or table of the paper, as ``fbkernels reproduce`` has made it."""
     raw = json.loads((folder / "results.json").read_text())
@@ -401,6 +417,7 @@ def main() -> None:
     figures = RESULTS.parent / "figures"
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     shared = smaller(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
+    shared += soaked(RESULTS / "soak.json") if (RESULTS / "soak.json").exists() else ""
     reproduced = "".join(experiment(path.parent) for path in sorted(RESULTS.glob("*/results.json")))
     info = extra(benchmarks())
     tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]

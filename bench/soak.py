@@ -3,8 +3,8 @@
 A million steps of ``FusedMLP`` with W fixed, whose B is then compared with the ridge solution of all that it has seen, by float64 and
 in one go; a million with W trained; and converted networks, each for M minutes.
 
-``bytes_per_step``: the slope of resident memory over steps, by least squares through the means of ten blocks of samples after the first
-tenth of the run, and the upper end of its one-sided 95 % interval (Student's t, 8 degrees of freedom). glibc's smallest allocation takes
+``bytes_per_step``: the slope of resident memory over steps, by least squares through the means of ten blocks of samples in the second
+half of the run, and the upper end of its one-sided 95 % interval (Student's t, 8 degrees of freedom). glibc's smallest allocation takes
 ``SMALLEST`` bytes, so with an upper end below that no allocation is lost each step.
 """
 
@@ -41,7 +41,7 @@ def resident() -> int:
 
 def slope(steps: list[int], memory: list[int]) -> tuple[float, float]:
     """Of memory over steps, and the upper end of its interval; see the head of this file."""
-    first = len(steps) // 10
+    first = len(steps) // 2
     x, y = (np.array([block.mean() for block in np.array_split(np.array(v[first:], float), 10)]) for v in (steps, memory))
     x -= x.mean()
     b = float(x @ y / (x @ x))
@@ -106,7 +106,7 @@ def fused(steps: int, feedback: str, frozen: bool) -> dict[str, Any]:
 
 
 def against_offline(net: fb.FusedMLP, x: Tensor, y: Tensor, steps: int) -> list[float]:
-    """``|(B - S V^-1) V^(1/2)| / |S V^(-1/2)|`` of each layer, ``V = gamma I + sum e e^T`` and ``S = sum lam e^T`` over all steps in float64.
+    """``|(B - S V^-1) V^(1/2)| / |S V^(-1/2)|`` of each layer, where ``V = gamma I + sum e e^T``, ``S = sum lam e^T`` in float64.
 
     V^(1/2), as errors of cross-entropy sum to zero, and what B is along the direction that none of them has does not count (SPEC 7).
     """
@@ -172,7 +172,7 @@ def modules(minutes: float, feedback: str, rule: fb.Rule) -> dict[str, Any]:
             total += loss.detach()
         return float(total) / steps
 
-    out = watched(None, minutes, advance, 25)
+    out = watched(None, minutes, advance, 5)
     fb.flush(net)
     state = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
     out |= {"counted_steps": int(net.feedback.step), "skipped": int(net.feedback.skipped)}
@@ -180,12 +180,13 @@ def modules(minutes: float, feedback: str, rule: fb.Rule) -> dict[str, Any]:
     return out | statistics([t for k, t in state.items() if k.endswith(".V")])
 
 
-def soak(steps: int, minutes: float) -> dict[str, dict[str, Any]]:
+def runs(steps: int) -> dict[str, Callable[[float], dict[str, Any]]]:
+    """By name; the argument is minutes, of a converted network."""
     return {
-        "FusedMLP, direct ridge, W fixed": fused(steps, "direct", frozen=True),
-        "FusedMLP, layerwise ridge": fused(steps, "layerwise", frozen=False),
-        "converted, direct joint": modules(minutes, "direct", fb.Joint()),
-        "converted, layerwise ridge": modules(minutes, "layerwise", fb.Ridge(GAMMA)),
+        "FusedMLP, direct ridge, W fixed": lambda _: fused(steps, "direct", frozen=True),
+        "FusedMLP, layerwise ridge": lambda _: fused(steps, "layerwise", frozen=False),
+        "converted, direct joint": lambda minutes: modules(minutes, "direct", fb.Joint()),
+        "converted, layerwise ridge": lambda minutes: modules(minutes, "layerwise", fb.Ridge(GAMMA)),
     }
 
 
@@ -197,9 +198,10 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    results = soak(args.steps, args.minutes)
-    for name, r in results.items():
-        print(name, {k: v for k, v in r.items() if k != "memory"})
+    results = {}
+    for name, run in runs(args.steps).items():
+        results[name] = run(args.minutes)
+        print(name, {k: v for k, v in results[name].items() if k != "memory"}, flush=True)
     settings = {"sizes": SIZES, "batch_size": BATCH, "noise_std": STD, "gamma": GAMMA, "steps": args.steps, "minutes": args.minutes}
     record = {"settings": settings, "versions": versions(), "hardware": hardware("cpu"), "results": results}
     args.out.write_text(json.dumps(record) + "\n")

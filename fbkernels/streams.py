@@ -373,7 +373,8 @@ def _execute(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     source = None
     if net.layerwise and first.source is not None and name in _REARRANGEMENTS:
         rest, n = args[1:], first.clean.shape[0]
-        source = (first.source[0], (*first.source[1], (name, lambda t: func(*_fit(name, (t, *rest), n), **kwargs))))
+        again = Tensor.reshape if name == "view" else func  # the noise of a map lies channels-last
+        source = (first.source[0], (*first.source[1], (name, lambda t: again(*_fit(name, (t, *rest), n), **kwargs))))
     if isinstance(clean, Tensor):
         return streams(net, clean, perturbed, first.pending if _grouped(name, args) else None, source, read)
     if isinstance(clean, (tuple, list)):

@@ -501,7 +501,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> tuple[Settings, dict[str,
     try:
         stored = {f.name: state["settings"][f.name] for f in fields(Settings)}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of fbkernels train ({type(error).__name__})") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint of fbkernels train ({type(error).__name__})") from error
     return Settings(**stored), state
 
 

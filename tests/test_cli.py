@@ -212,7 +212,7 @@ def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
         (["--device", "meta"], r"device 'meta' cannot be used"),
         (["--out", "full"], r"out: full is not an empty folder; name another, or continue the run there with --resume full"),
         (["--resume", "full"], r"full has no checkpoint.pt to resume from"),
-        (["--resume", "damaged"], r"damaged/checkpoint.pt is not a checkpoint of fbkernels train"),
+        (["--resume", "damaged"], r"damaged/checkpoint.pt is damaged, or no checkpoint of fbkernels"),
         (["--resume", "done", "--lr", "3"], r"--resume cannot change lr: the run in done was started with None, got 3.0"),
         (["--resume", "done", "--out", "x"], r"argument --out: not allowed with argument --resume"),
     ],
@@ -240,7 +240,7 @@ def test_bad_input(
 def test_a_foreign_checkpoint_executes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"settings": Path("x")}, tmp_path / "checkpoint.pt")
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
-    assert "is not a checkpoint of fbkernels train" in capsys.readouterr().err
+    assert "is damaged, or no checkpoint of fbkernels" in capsys.readouterr().err
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -343,6 +343,24 @@ def test_padding_modes_train_as_a_hidden_layer(mode: str, feedback: str) -> None
         torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-13)
 
 
+class View(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), -1)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_view_is_flatten(feedback: str) -> None:
+    model = cnn()
+    losses = []
+    for module in (nn.Flatten(), View()):
+        own = copy.deepcopy(model)
+        own[4] = module
+        net = fb.convert(own, feedback=feedback, rule=fb.Joint())
+        losses.append(train(net, steps=3))
+    assert losses[0] == pytest.approx(losses[1], rel=16 * 2.0**-24)  # sums in another order
+    assert len(set(losses[0])) == 3
+
+
 def test_convert_keeps_the_training_flag_and_takes_frozen_layers() -> None:
     model = cnn().eval()
     model[0].weight.requires_grad_(False)

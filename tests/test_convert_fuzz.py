@@ -132,11 +132,11 @@ def group(draw: Draw, layer: nn.Module, shape: tuple[int, ...], shared: nn.Modul
     return out
 
 
-def convolution(draw: Draw, channels: int, outputs: int, same: bool) -> nn.Conv2d:
+def convolution(draw: Draw, channels: int, outputs: int, same: bool, large: bool) -> nn.Conv2d:
     kernel = draw(st.sampled_from((1, 3)))
     groups = draw(st.sampled_from([g for g in (1, 2, 3, 4) if channels % g == 0 and outputs % g == 0]))
     padding: Any = kernel // 2
-    mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "circular", "replicate")))
+    mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "circular", "replicate"))) if large else "zeros"
     stride = 1 if same else draw(numbers(1, 2))
     if stride == 1 and draw(st.booleans()):
         padding = "same"
@@ -147,7 +147,7 @@ def layer(draw: Draw, shape: tuple[int, ...], width: int | None = None, same: bo
     outputs = draw(numbers(1, 6)) if width is None else width
     if len(shape) == 1:
         return nn.Linear(shape[0], outputs, bias=draw(st.booleans())), (outputs,)
-    made = convolution(draw, shape[0], outputs, same)
+    made = convolution(draw, shape[0], outputs, same, min(shape[1:]) > 1)
     size = made(torch.zeros(1, *shape)).shape[1:]
     return made, tuple(size)
 
@@ -238,7 +238,7 @@ def test_random_networks(drawn: tuple[nn.Module, tuple[int, ...], int]) -> None:
     except (RuntimeError, ValueError):  # torch refuses it: in place on what a gradient needs, one value a channel
         assume(False)
 
-    for feedback, rule in (("direct", fb.Joint()), ("layerwise", fb.WeightTransport())):
+    for feedback, rule in (("direct", fb.Joint()), ("layerwise", fb.Joint()), ("layerwise", fb.WeightTransport())):
         own = copy.deepcopy(model)
         net = fb.convert(own, feedback=feedback, rule=copy.deepcopy(rule))
         assert torch.equal(net.eval()(x), own.eval()(x))
@@ -252,7 +252,7 @@ def test_random_networks(drawn: tuple[nn.Module, tuple[int, ...], int]) -> None:
         criterion(out, y).backward()
         for name, g in gradients(plain).items():
             own_g = dict(net.named_parameters())[name].grad
-            if feedback == "layerwise":
+            if isinstance(rule, fb.WeightTransport):
                 assert g is not None and own_g is not None, name
                 scale = max(float(p.abs().max()) for p in gradients(plain).values())
                 torch.testing.assert_close(own_g, g, rtol=1e-9, atol=1e-11 * scale, msg=lambda m, name=name: f"{name}: {m}")
