@@ -182,7 +182,7 @@ def test_lines_newer_than_the_checkpoint_are_replaced(whole: Path, tmp_path: Pat
     assert same_results(whole, tmp_path / "x")
 
 
-@pytest.mark.filterwarnings("ignore:64 samples had a non-finite loss")
+@pytest.mark.filterwarnings("ignore:.*non-finite loss")
 def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
     assert cli.main(["train", *SMALL, "--optimizer", "sgd", "--lr", "1e38", "--compare", "backprop", "--out", str(tmp_path / "x")]) == 0
     summary = json.loads((tmp_path / "x" / "summary.json").read_text(), parse_constant=pytest.fail)

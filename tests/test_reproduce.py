@@ -250,18 +250,18 @@ def test_an_experiment_side_by_side(tmp_path: Path) -> None:
     tables = options(tmp_path, seeds=(0, 1), methods=None)
     raw = json.loads((tmp_path / "results.json").read_text())
     assert [(run["method"], run["seed"]) for run in raw["results"]] == [
-        ("backprop", 0), ("feedback alignment", 0), ("backprop", 1), ("feedback alignment", 1),
+        ("backprop", 0), ("backprop", 1), ("feedback alignment", 0), ("feedback alignment", 1),
     ]  # fmt: skip
     assert raw["hardware"]["cores"]
     assert [row[0] for row in tables[0].rows] == ["backprop", "feedback alignment"]
     assert (tmp_path / "table.md").read_text() == tables[0].markdown()
     assert (tmp_path / "fig2.png").stat().st_size > 1000
     in_process = few("smoke", range(1), False)[1].run(images(), watch(tmp_path / "none.pt"))
-    assert raw["results"][1]["records"] == in_process["records"]
+    assert raw["results"][2]["records"] == in_process["records"]
     times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "jobs").iterdir()}
     options(tmp_path, seeds=(0, 1, 2), methods=["backprop"])  # a further seed; what is done stays
     assert {name: (tmp_path / "jobs" / name).stat().st_mtime_ns for name in times} == times
-    assert [run["seed"] for run in json.loads((tmp_path / "results.json").read_text())["results"]] == [0, 1, 2]
+    assert [run["seed"] for run in json.loads((tmp_path / "results.json").read_text())["results"]] == [0, 1, 2, 0, 1]
 
 
 def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
