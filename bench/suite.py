@@ -576,9 +576,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     Raises:
         ValueError: the device cannot be used.
     """
-    settings = train.Settings(device=device)
+    train.Settings(device=device)  # raises
     rates = roofline(torch.get_num_threads(), "cuda" if device.startswith("cuda") else "cpu")
-    return {**train.hardware(settings), **train.versions(), "build": fb.build_info(), "load": os.getloadavg(), "rates": rates}
+    return {**train.hardware(device), **train.versions(), "build": fb.build_info(), "load": os.getloadavg(), "rates": rates}
 
 
 def measure(case: Case, device: str = "cpu", budget: float = 1.0) -> list[dict[str, Any]]:
