@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rivals import LearnedFeedbackCNN, Step, backprop, cnn
-from timing import in_turns, kept_heap, peak_memory, rate, roofline
 from torch import Tensor, nn
 
 import fbkernels as fb
+from fbkernels.bench.rivals import LearnedFeedbackCNN, Step, backprop, cnn
+from fbkernels.bench.timing import in_turns, kept_heap, peak_memory, rate, roofline
 
 BATCH, STD = 64, 0.05
 LR = 1e-4  # 0.01 diverges within ten steps of the per-layer ridge from B = 0; no time depends on it

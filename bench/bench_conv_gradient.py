@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import in_turns
 
 from fbkernels import ops, reference
+from fbkernels.bench.timing import in_turns
 
 # inputs, outputs, size, kernel, pool kernel, pool stride
 LAYERS = {

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from rivals import HandMLP, RidgeMLP, Step, backprop, bare_backprop, mlp
-from timing import fastest, in_turns, repeat, roofline
 from torch import Tensor
 
 import fbkernels as fb
+from fbkernels.bench.rivals import HandMLP, RidgeMLP, Step, backprop, bare_backprop, mlp
+from fbkernels.bench.timing import fastest, in_turns, repeat, roofline
 
 BATCH, CALLS, EXAMPLES = 32, 100, 6400
 Batches = Callable[[], tuple[Tensor, Tensor]]

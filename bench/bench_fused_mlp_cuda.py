@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from bench_fused_mlp import AUTOENCODER, BATCH, CLASSIFIER, EXAMPLES, criterion, images
-from rivals import HandMLP, RidgeMLP, Step, mlp
-from timing import in_turns, launches, repeat, seconds
 from torch import Tensor
 
 import fbkernels as fb
+from fbkernels.bench.bench_fused_mlp import AUTOENCODER, BATCH, CLASSIFIER, EXAMPLES, criterion, images
+from fbkernels.bench.rivals import HandMLP, RidgeMLP, Step, mlp
+from fbkernels.bench.timing import in_turns, launches, repeat, seconds
 
 CALLS, BLOCKS = 200, (1, 2, 4, 8, 16, 32, 64, 128)
 

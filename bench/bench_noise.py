@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from timing import in_turns, repeat
 
 from fbkernels import ops
+from fbkernels.bench.timing import in_turns, repeat
 
 CALLS = 20
 

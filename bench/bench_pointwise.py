@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import Pointwise, Step
-from timing import fastest, in_turns, roofline
 from torch import Tensor
 
 from fbkernels import ops
+from fbkernels.bench.rivals import Pointwise, Step
+from fbkernels.bench.timing import fastest, in_turns, roofline
 
 BATCH, CHANNELS, OUTPUTS, STD = 64, 96, 100, 0.05
 UNITS = 16 * 16 * CHANNELS

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from rivals import LearnedFeedbackCNN, Stacked, Step, cnn, compiled, resnet18
-from timing import gpu_seconds, in_turns, launches
 from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import ops
+from fbkernels.bench.rivals import LearnedFeedbackCNN, Stacked, Step, cnn, compiled, resnet18
+from fbkernels.bench.timing import gpu_seconds, in_turns, launches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 BATCH, OUTPUTS, STD, LR = 512, 100, 0.05, 1e-4

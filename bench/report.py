@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from fbkernels.bench.reproduce import EXPERIMENTS
 from fbkernels.bench.suite import SWEEPS, figure
 from fbkernels.plot import curves
-from fbkernels.train import recipe
+from fbkernels.train import number, recipe
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Results
@@ -51,12 +51,6 @@ def command(settings: dict[str, Any]) -> str:
             option, value = "--rule-arg", " --rule-arg ".join(f"{k}={v}" for k, v in value.items())
         words.append(f"{option} {value}".strip())
     return " ".join(words)
-
-
-def number(value: dict[str, float | None], digits: int) -> str:
-    if value["mean"] is None:
-        return "-"
-    return f"{value['mean']:.{digits}f}" + ("" if value["standard_error"] is None else f" ± {value['standard_error']:.{digits}f}")
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -104,7 +98,7 @@ def _noise(kind: str, shape: str) -> Callable[[dict[str, Any]], float]:
 
 
 def _classifier(b: dict[str, Any]) -> dict[str, float]:
-    return b["bench_fused_mlp::test_classifier[mse]"]["speedup"]  # type: ignore[no-any-return]
+    return b["bench_fused_mlp::test_classifier[mse]"]["speedup"]
 
 
 def _best(values: dict[str, float], prefix: str = "ours") -> float:
@@ -112,7 +106,7 @@ def _best(values: dict[str, float], prefix: str = "ours") -> float:
 
 
 def _some(b: dict[str, Any], prefix: str) -> list[Any]:
-    return [info for name, info in b.items() if name.startswith(prefix)] or b[prefix]  # type: ignore[no-any-return]  # or KeyError
+    return [info for name, info in b.items() if name.startswith(prefix)] or b[prefix]  # or KeyError
 
 
 CPU = [

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import in_turns
 from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import reference
+from fbkernels.bench.timing import in_turns
 from fbkernels.data import load
 from fbkernels.loss import owner_of
 

@@ -101,7 +101,7 @@ def fused(steps: int, feedback: str, frozen: bool) -> dict[str, Any]:
     chunk = max(steps // (4 * SAMPLES), 1)
     out = watched(steps, 0, lambda n: float(net.fit(x, y, steps=n, batch_size=BATCH).mean()), chunk)
     out |= {"counted_steps": net.step, "skipped": net.skipped, "finite": all(t.isfinite().all() for t in (*net.weights, *net.B))}
-    out |= statistics(list(net._V))
+    out |= statistics([t for name, t in net.state_dict().items() if name.startswith(("V.", "P."))])
     return out | ({"error_of_B": against_offline(net, x, y, out["steps"])} if frozen else {"angles": angles(net.alignment(x, y))})
 
 

@@ -140,7 +140,7 @@ class Problem:
 
     def net(self) -> nn.Sequential:
         torch.manual_seed(0)
-        net: nn.Sequential = self.network().to(self.device, memory_format=CHANNELS_LAST)  # type: ignore[call-overload]
+        net: nn.Sequential = self.network().to(self.device, memory_format=CHANNELS_LAST)
         return net
 
     def data(self) -> tuple[Tensor, Tensor]:

@@ -282,11 +282,6 @@ def _line(*values: Any) -> str:
 
 
 def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:
-    def text(v: dict[str, float | None], form: str) -> str:
-        if v["mean"] is None:
-            return "-"
-        return f"{v['mean']:{form}}" + ("" if v["standard_error"] is None else f" ± {v['standard_error']:{form}}")
-
     table = Table(
         title=f"{s.data}, {s.model}, {s.feedback} feedback, epoch {s.epochs}, {len(s.seeds)} seed{'s' * (len(s.seeds) > 1)}",
         caption="angle to backprop's gradient in degrees, for each layer; ± standard error over seeds",
@@ -294,9 +289,9 @@ def _table(results: dict[str, dict[str, Any]], s: job.Settings) -> Table:
     for head in ("method", "test %", "train loss", "angles", "s/epoch"):
         table.add_column(head, justify="left" if head == "method" else "right", no_wrap=head != "angles")
     for method, r in results.items():
-        angles = "  ".join(text(a, ".0f").replace(" ", "") for a in r["angle"].values()) or ("0" if method == "backprop" else "-")
+        angles = "  ".join(job.number(a, 0).replace(" ", "") for a in r["angle"].values()) or ("0" if method == "backprop" else "-")
         seconds = f"{r['seconds']['mean']:.2f}"
-        table.add_row(method, text(r["test_accuracy"]["final"], ".2f"), text(r["train_loss"]["final"], ".3f"), angles, seconds)
+        table.add_row(method, job.number(r["test_accuracy"]["final"], 2), job.number(r["train_loss"]["final"], 3), angles, seconds)
     return table
 
 

@@ -437,7 +437,7 @@ class Feedback(Stateful):
                 m.prediction, m.units = predicted, sum(connection.channels for _, connection, _ in measured)
         for point, _, m in measured:
             point.pending = m if self.rule.additive else m.gathered(self.rule.exchanged)
-            point.pending.gains = finite(*self.rule.update(point.pending, point.state))
+            point.pending.gains = self.rule.update(point.pending, point.state)  # FeedbackPoint.flush looks at B itself
 
     def advance(self) -> None:
         self.step.add_(1)

@@ -328,9 +328,8 @@ class FeedbackPoint(Stateful):
                 prediction = self.update(m, *m.gains, predicted_rows=predicted_rows)
             elif m is not None:
                 rule.learn(self, m)
-            if (
-                m is not None and before is not None and (self.net.layerwise or rule.supervised)
-            ):  # what direct learns is small: see finite()
+            # in direct the gains alone tell whether B overflows, see feedback.finite
+            if m is not None and before is not None and (self.net.layerwise or rule.supervised):
                 B = self.state["B"]
                 self.store(torch.where(torch.isfinite(B.sum()), B, before))
             rule.feedback(self)  # which catches up with W where B follows it

@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,16 @@ from fbkernels.plot import curves
 __all__ = [
     "METHODS",
     "RECIPES",
+    "RULES",
     "Progress",
     "Settings",
     "build",
     "hardware",
     "load_checkpoint",
     "lr_factor",
+    "number",
     "recipe",
+    "spread",
     "summarise",
     "train",
     "versions",
@@ -521,11 +524,11 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for key in ("test_accuracy", "val_accuracy", "train_accuracy", "train_loss", "val_loss", "test_loss"):
             best = max if key.endswith("accuracy") else min
             bests = [best((r[key] for r in rs if r[key] is not None), default=None) for rs in runs.values()]
-            row[key] = {"final": _spread([r[key] for r in last]), "best": _spread(bests)}
+            row[key] = {"final": spread([r[key] for r in last]), "best": spread(bests)}
         for key in ("angle", "update_angle"):
-            row[key] = {p: _spread([r["points"].get(p, {}).get(key) for r in last]) for p in last[0]["points"]}
+            row[key] = {p: spread([r["points"].get(p, {}).get(key) for r in last]) for p in last[0]["points"]}
         for key in ("seconds", "images_per_second"):
-            row[key] = _spread([_mean([r[key] for r in rs]) for rs in runs.values()])
+            row[key] = spread([_mean([r[key] for r in rs]) for rs in runs.values()])
         results[method] = row
     return results
 
@@ -570,12 +573,20 @@ def _number(x: float | None) -> float | None:
     return x if x is not None and math.isfinite(x) else None
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return statistics.fmean(known) if known else None
 
 
-def _spread(values: list[float | None]) -> dict[str, float | None]:
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """ "mean" and "standard_error" of what is known; None where there is none, or one."""
     known = [v for v in values if v is not None]
     error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else None
     return {"mean": _mean(values), "standard_error": error}
+
+
+def number(value: Mapping[str, float | None], digits: int) -> str:
+    """A ``spread``, for a table."""
+    if value["mean"] is None:
+        return "-"
+    return f"{value['mean']:.{digits}f}" + ("" if value["standard_error"] is None else f" ± {value['standard_error']:.{digits}f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,3 +49,11 @@ def poisoned() -> Iterator[None]:
     for whole in allocated:
         bands = torch.cat((whole[:BAND], whole[-BAND:]))
         assert bool((bands.isnan() if whole.is_floating_point() else bands == torch.iinfo(whole.dtype).max).all()), "written beside"
+
+
+@contextmanager
+def one_warning() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert ["non-finite" in str(w.message) for w in caught] == [True], [str(w.message) for w in caught]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import bench_triton as bench
 import pytest
 import torch
-from timing import launches
 from torch import nn
+
+from fbkernels.bench.timing import launches
 
 
 @pytest.mark.parametrize(("model", "size"), [("cnn", 32), ("resnet18", 8)])

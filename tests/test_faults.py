@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from poison import one_warning
 from test_cli import same, same_results
 from test_reproduce import few, images, watch
 from torch import nn
@@ -43,14 +44,6 @@ RULES = [
     ("layerwise", fb.Joint(signal="loss")), ("layerwise", fb.WeightMirror()), ("layerwise", fb.SyntheticGradient(0.1)),
 ]  # fmt: skip  # all that learn B; those whose B follows W lose it with W
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@contextlib.contextmanager
-def one_warning() -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    assert ["non-finite" in str(w.message) for w in caught] == [True], [str(w.message) for w in caught]
 
 
 def learned(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -330,22 +323,28 @@ def damaged(good: bytes, hostile: Path) -> Iterator[bytes]:
         yield good[:at] + bytes([good[at] ^ 1 << rng.randrange(8)]) + good[at + 1 :]
 
 
-def test_damaged_checkpoints_of_train(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused by name, or, where what a file's bit says is nothing that counts, exactly what was saved; nothing is executed."""
-    good, state = (stopped / "checkpoint.pt").read_bytes(), job.load_checkpoint(stopped)[1]
-    path = tmp_path / "checkpoint.pt"
+def check_damaged(path: Path, good: bytes, load: Callable[[], object], state: object) -> None:
+    """Whatever is done to the file, it is refused by name or loads what it held, and executes nothing."""
     messages: list[str] = []
-    for content in damaged(good, tmp_path / "executed"):
+    executed = path.with_name("executed")
+    for content in damaged(good, executed):
         path.write_bytes(content)
         try:
-            loaded = job.load_checkpoint(tmp_path)[1]
+            loaded = load()
         except ValueError as error:
             messages.append(str(error))
         else:
             assert same(loaded, state)
     assert len(messages) > 37
     assert all(str(path) in message for message in messages)
-    assert not (tmp_path / "executed").exists()
+    assert not executed.exists()
+
+
+def test_damaged_checkpoints_of_train(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused by name, or, where what a file's bit says is nothing that counts, exactly what was saved; nothing is executed."""
+    good, state = (stopped / "checkpoint.pt").read_bytes(), job.load_checkpoint(stopped)[1]
+    path = tmp_path / "checkpoint.pt"
+    check_damaged(path, good, lambda: job.load_checkpoint(tmp_path)[1], state)
     path.write_bytes(good[:1000])
     assert cli.main(["train", "--resume", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -358,18 +357,7 @@ def test_damaged_files_of_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(driver.Interrupted):
         kind.run(images(), watch(path, stop_at=4))
     good, state = path.read_bytes(), watch(path).load()
-    messages: list[str] = []
-    for content in damaged(good, tmp_path / "executed"):
-        path.write_bytes(content)
-        try:
-            loaded = watch(path).load()
-        except ValueError as error:
-            messages.append(str(error))
-        else:
-            assert same(loaded, state)
-    assert len(messages) > 37
-    assert all(str(path) in message for message in messages)
-    assert not (tmp_path / "executed").exists()
+    check_damaged(path, good, lambda: watch(path).load(), state)
     path.write_bytes(good)
     with pytest.raises(ValueError, match=r"backprop-0\.pt is of another experiment, scale or version; name another folder"):
         Watch(path, {"lr": 1}, lambda done: None, lambda: False).load()

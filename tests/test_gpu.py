@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from timing import launches
 from torch import nn
 
 import fbkernels as fb
 from fbkernels import _C, ops, reference
+from fbkernels.bench.timing import launches
 
 pytest.importorskip("triton")
 from fbkernels import tuning

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poison import one_warning
 from torch import Tensor, nn
 
 import fbkernels as fb
@@ -446,14 +446,6 @@ def test_detached_logits_are_refused() -> None:
 
 
 # non-finite samples
-
-
-@contextlib.contextmanager
-def one_warning() -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    assert ["non-finite" in str(w.message) for w in caught] == [True], [str(w.message) for w in caught]
 
 
 class Weighted:

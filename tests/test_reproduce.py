@@ -144,12 +144,12 @@ def test_published_pairing() -> None:
     criterion(net(x), y).backward()
     fb.flush(net)
     m = seen[0]
-    assert torch.equal(points["drop1"].B, before["drop1"])
+    assert torch.equal(points["dropout1"].B, before["dropout1"])
     assert not torch.equal(points["pool1"].B, before["pool1"])
-    xi = fb.functional.noise(0, 1, points["drop1"].index, 8, len(before["drop1"]), job.noise_std).double()
-    B, R, w = before["drop2"].double(), m.regressor.double(), m.w.double()
+    xi = fb.functional.noise(0, 1, points["dropout1"].index, 8, len(before["dropout1"]), job.noise_std).double()
+    B, R, w = before["dropout2"].double(), m.regressor.double(), m.w.double()
     expected = B + 0.1 * (xi.T * w - B @ R.T) @ R
-    torch.testing.assert_close(points["drop2"].B.double() - B, expected - B, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(points["dropout2"].B.double() - B, expected - B, rtol=1e-4, atol=1e-7)
 
 
 def test_tf1_adam() -> None:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from rivals import ACTIVATIONS, HandMLP, LearnedFeedbackCNN, Pointwise, RidgeMLP, backprop, bare_backprop, cnn, mlp
 from torch import nn
 
 import fbkernels as fb
+from fbkernels.bench.rivals import ACTIVATIONS, HandMLP, LearnedFeedbackCNN, Pointwise, RidgeMLP, backprop, bare_backprop, cnn, mlp
 
 SIZES, STD, LR, BATCH, STEPS = (9, 7, 3, 6, 5), 0.05, 1e-3, 4, 3
 

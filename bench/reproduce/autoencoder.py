@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, spread, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
 from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import line, panels
+from fbkernels.bench.reproduce.panels import bars, line, panels
 
 LENGTHS = {"smoke": (500, 250), "short": (5_000, 250), "full": (1_000_000, 5_000)}
 # printed by the authors' notebooks: the least test loss per batch of 32 over epochs, its mean over 3 seeds (DAE: 10) and error (PAPER 3.3)
@@ -38,7 +38,7 @@ def settings(published: bool) -> dict[str, dict[str, object]]:
     lms = {"rule_args": {"lr": 8e-6}}
     small = {"sizes": (784, 50, 2, 50, 784)} if published else {}
     backprop, alignment = {"rule": "weight-transport"}, {"rule": "fixed"}
-    matching = {"rule": "kolen-pollack", **small}
+    matching = {"rule": "kolen-pollack", "rule_args": {"decay": 0.0}, **small}
     return {
         "backprop": {**backprop, "lr": 5e-5 if published else 1e-4},
         "backprop, noise": {**backprop, **noise, "lr": 3.73e-4 if published else 1e-4},
@@ -60,7 +60,7 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
     common = {"target": "input", "start": "truncated", "activations": ("tanh", "identity", "tanh", "relu")}
     methods = settings(faithful) | ({} if faithful else {"joint": {"rule": "joint", "noise_std": 0.018942, "lr": 1e-4}})
     return [
-        MLP(method, seed, steps, every, **{"sizes": (784, 200, 2, 200, 784), **common, **options, "pictures": seed == seeds[0]})  # type: ignore[arg-type]
+        MLP(method, seed, steps, every, **{"sizes": (784, 200, 2, 200, 784), **common, **options, "pictures": seed == seeds[0]})
         for seed in seeds
         for method, options in methods.items()
     ]
@@ -73,7 +73,7 @@ def tables(results: Results) -> list[Rows]:
         best = [min((r[key] for r in run["records"] if r[key] is not None), default=None) for run in runs]
         clean = [min((r["test_loss"] for r in run["records"] if r["test_loss"] is not None), default=None) for run in runs]
         last = [run["records"][-1]["test_loss"] for run in runs]
-        (mean, error), (theirs, their_error) = spread(best), PAPER.get(method, (math.nan, math.nan))
+        ((mean,), (error,)), (theirs, their_error) = bars([best]), PAPER.get(method, (math.nan, math.nan))
         apart = abs(mean - theirs) / math.hypot(error, their_error)
         layers = [run["records"][-1].get("layers", []) for run in runs]
         angles = ", ".join(text([own[i]["angle"] for own in layers], 0) for i in range(len(layers[0]))) or "0"
@@ -90,7 +90,7 @@ def losses(results: Results) -> dict[str, Figure]:
     figure, axes = panels(1, 2, "step")
     for i, (method, runs) in enumerate(by_method(results).items()):
         for ax, key in zip(axes[0], ("train_loss", "test_loss"), strict=True):
-            line(ax, method, i, runs, lambda record, key=key: record[key])  # type: ignore[misc]
+            line(ax, method, i, runs, lambda record, key=key: record[key])
             ax.set_ylabel(f"{key.replace('_', ' ')} per batch of 32")
     axes[0][1].legend(fontsize="x-small")
     return {"losses": figure}

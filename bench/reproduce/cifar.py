@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fbkernels as fb
+from fbkernels import train
 from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, Watch, by_method, seed_count, short, text
 from fbkernels.bench.reproduce.mlp import Noise, TF1Adam
 from fbkernels.bench.reproduce.panels import line, panels
 from fbkernels.data import load
+from fbkernels.models import paper_cnn
 
 BATCH = 128
 HELD_OUT = 5_000
@@ -61,9 +63,9 @@ class PublishedPairing(fb.LMS):
         return self.lr * m.regressor.mT @ m.regressor, self.lr * m.w[:, None] * m.regressor
 
     def learn(self, point: fb.FeedbackPoint, m: fb.Measurement) -> None:
-        if point.name == "drop1":
+        if point.name == "dropout1":
             self.fc1 = point
-        elif point.name == "drop2":
+        elif point.name == "dropout2":
             R = m.regressor
             target = m.w[:, None] * self.fc1.noise(m.step, m.rows, m.w.dtype, m.first)
             point.update(m, self.lr * R.mT @ R, self.lr * R, target=target)
@@ -90,14 +92,7 @@ class Mask(nn.Module):
         return F.dropout(x, 0.5, self.training) * (0.5 if self.training else 1.0)
 
 
-RULES: dict[str, Callable[..., fb.Rule]] = {
-    "lms": fb.LMS,
-    "fixed": fb.Fixed,
-    "joint": functools.partial(fb.Joint, signal="output"),
-    "weight-mirror": fb.WeightMirror,
-    "synthetic": fb.SyntheticGradient,
-    "published": PublishedPairing,
-}
+RULES: dict[str, Callable[..., fb.Rule]] = train.RULES | {"published": PublishedPairing}
 
 
 @dataclass(frozen=True)
@@ -138,31 +133,17 @@ class CNN:
 
     def network(self, channels: int, side: int, classes: int) -> nn.Sequential:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-
-        def activity(i: int) -> None:
-            layers[f"act{i}"] = getattr(nn, self.activation)()
-
-        for i, n in enumerate((96, 128, 256), 1):
-            n = round(self.width * n)
-            layers[f"conv{i}"] = nn.Conv2d(channels, n, 5, padding=2)
-            activity(i)
-            if self.published:
-                layers[f"pad{i}"], layers[f"pool{i}"] = nn.ConstantPad2d((0, 1, 0, 1), -math.inf), nn.MaxPool2d(3, 2)
-            else:
-                layers[f"pool{i}"] = nn.MaxPool2d(3, 2, 1)
-            if self.activity_noise:
-                layers[f"noise{i}"] = Noise(self.activity_noise)
-            channels, side = n, (side + 1) // 2
-        layers["flatten"] = nn.Flatten()
-        features = channels * side * side
-        for i in (1, 2):
-            layers[f"fc{i}"] = nn.Linear(features, round(self.width * 2048))
-            activity(3 + i)
-            layers[f"drop{i}"] = Mask() if self.published else nn.Dropout(0.5)
-            if self.activity_noise:
-                layers[f"noise{3 + i}"] = Noise(self.activity_noise)
-            features = round(self.width * 2048)
-        layers["out"] = nn.Linear(features, classes)
+        for name, layer in paper_cnn((channels, side, side), classes, self.width).named_children():
+            read = isinstance(layer, (nn.MaxPool2d, nn.Dropout))
+            if isinstance(layer, nn.ReLU):
+                layer = getattr(nn, self.activation)()
+            elif self.published and isinstance(layer, nn.MaxPool2d):
+                layers[f"pad_{name}"], layer = nn.ConstantPad2d((0, 1, 0, 1), -math.inf), nn.MaxPool2d(3, 2)
+            elif self.published and isinstance(layer, nn.Dropout):
+                layer = Mask()
+            layers[name] = layer
+            if read and self.activity_noise:
+                layers[f"noise_{name}"] = Noise(self.activity_noise)
         return nn.Sequential(layers)
 
     def build(self, data: Images) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
@@ -172,7 +153,7 @@ class CNN:
         net = net.to(data.x.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         criterion: nn.Module = SoftmaxError() if self.published else nn.CrossEntropyLoss()
         if self.rule != "backprop":
-            names = ("pool1", "pool2", "pool3", "drop1", "drop2")
+            names = ("pool1", "pool2", "pool3", "dropout1", "dropout2")
             net = fb.convert(
                 net,
                 feedback=self.feedback,
@@ -229,7 +210,7 @@ class CNN:
                 record: dict[str, Any] = {
                     "step": step + 1,
                     "train_loss": short(float(total) / self.batches),
-                    "accuracy": short(accuracy(*held)),
+                    "val_accuracy": short(accuracy(*held)),
                 }
                 total.zero_()
                 if self.published or step + 1 == self.steps:
@@ -239,7 +220,7 @@ class CNN:
                     record["layers"] = [{"angle": short(row["angle"])} for row in fb.metrics.alignment(net, criterion, x, y).values()]
                 records.append(record)
             at = {"records": records, "step": step + 1, "seconds": seconds, "total": total}
-            watch(step + 1, lambda at=at: {**at, "net": net.state_dict(), "optimizer": optimizer.state_dict()})  # type: ignore[misc]
+            watch(step + 1, lambda at=at: {**at, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
         return {"records": records, "seconds": seconds}
 
 
@@ -257,7 +238,7 @@ def jobs(data: str, scale: str, seeds: Sequence[int], faithful: bool) -> list[CN
             "backprop": {},
             "learned": {"rule": "lms", "rule_args": {"lr": 1e-3}},
             "direct feedback alignment": {"rule": "fixed"},
-            "joint": {"rule": "joint"},
+            "joint": {"rule": "joint-output"},
             "weight mirror, layerwise": {"rule": "weight-mirror", "feedback": "layerwise"},
             "synthetic gradients": {"rule": "synthetic", "rule_args": {"lr": 1e-3}},
             "backprop, noise": noise,
@@ -289,7 +270,7 @@ def tables(name: str, results: Results) -> list[Rows]:
 def figures(name: str, results: Results) -> dict[str, Figure]:
     figure, axes = panels(1, 2, "step")
     for i, (method, runs) in enumerate(by_method(results).items()):
-        line(axes[0][0], method, i, runs, lambda record: record["accuracy"])
+        line(axes[0][0], method, i, runs, lambda record: record["val_accuracy"])
         line(axes[0][1], method, i, runs, lambda record: record["layers"][0]["angle"] if "layers" in record else None)
     axes[0][0].set_ylabel("accuracy on held-out images (%)")
     axes[0][1].set_ylabel("angle of layer 1 (degrees)")

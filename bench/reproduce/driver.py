@@ -9,7 +9,6 @@ import os
 import queue
 import shlex
 import signal
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from fbkernels import files
 from fbkernels.data import load
-from fbkernels.train import hardware, versions
+from fbkernels.train import hardware, number, spread, versions
 
 SCALES = ("smoke", "short", "full")
 SAVE_EVERY = 60.0  # seconds between two checkpoints of a job
@@ -122,7 +121,7 @@ class Watch:
         if not self.path.exists():
             return None
         state = files.load(self.path)
-        if "done" not in state or state.get("job", self.job) != self.job:
+        if state.get("job") != self.job:
             raise ValueError(f"out: {self.path} is of another experiment, scale or version; name another folder")
         self.report(state["done"])
         return state
@@ -257,15 +256,16 @@ def _end_with_parent() -> None:
 
 _messages: Any = None  # of a worker, which runs many jobs
 _stop: Any = None
-_data: dict[tuple[str, str], Any] = {}
+_data: Any = None
 
 
 def _work(job: Job, read: Callable[[str, str], Any], data_dir: str, device: str, path: Path) -> None:
-    if (data_dir, device) not in _data:
-        _data[data_dir, device] = read(data_dir, device)
+    global _data
+    if _data is None:
+        _data = read(data_dir, device)
     state = path.with_suffix(".pt")
     _messages.put((job.name, 0))
-    result = job.run(_data[data_dir, device], Watch(state, _plain(job), lambda done: _messages.put((job.name, done)), _stop.is_set))
+    result = job.run(_data, Watch(state, _plain(job), lambda done: _messages.put((job.name, done)), _stop.is_set))
     record = {"method": job.method, "seed": job.seed, "job": _plain(job), **result}
     files.write(path, json.dumps(record) + "\n")
     state.unlink(missing_ok=True)
@@ -288,19 +288,9 @@ def seed_count(results: Results) -> str:
     return f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"{max(counts)} seed{'s' * (max(counts) > 1)}"
 
 
-def spread(values: Sequence[float | None]) -> tuple[float, float]:
-    """Mean and standard error; nan where there are none, or one."""
-    known = [v for v in values if v is not None]
-    error = statistics.stdev(known) / len(known) ** 0.5 if len(known) > 1 else float("nan")
-    return statistics.fmean(known) if known else float("nan"), error
-
-
 def text(values: Sequence[float | None], digits: int) -> str:
     """Mean, and the standard error where it is known."""
-    mean, error = spread(values)
-    if mean != mean:
-        return "-"
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if error == error else "")
+    return number(spread(values), digits)
 
 
 def short(value: float) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP
+from fbkernels.bench.reproduce.mlp import MLP, cost
 from fbkernels.bench.reproduce.panels import line, of_layer, panels
 
 SIGMAS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -24,7 +24,7 @@ LAYER = {
     "sign_congruence": "signs in agreement",
 }
 BASELINES: dict[str, dict[str, object]] = {
-    "matching": {"rule": "kolen-pollack"},
+    "matching": {"rule": "kolen-pollack", "rule_args": {"decay": 0.0}},
     "Kolen-Pollack": {"rule": "kolen-pollack", "rule_args": {"decay": 1e-6}},
     "weight mirror": {"rule": "weight-mirror"},
     "synthetic gradients": {"rule": "synthetic", "rule_args": {"lr": 5e-4}},
@@ -46,11 +46,7 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
         methods[f"learned {sigma:g}"] = {"rule": "ridge", "rule_args": {"gamma": 0.1}, "noise_std": sigma, "warmup": warmup}
     methods |= {"feedback alignment": {"rule": "fixed"}, "backprop": {"rule": "weight-transport"}}
     methods |= {"matching": BASELINES["matching"]} if faithful else BASELINES
-    return [
-        MLP(method, seed, steps, every, **options, **theirs)  # type: ignore[arg-type]
-        for seed in seeds
-        for method, options in methods.items()
-    ]
+    return [MLP(method, seed, steps, every, **options, **theirs) for seed in seeds for method, options in methods.items()]
 
 
 def tables(results: Results) -> list[Rows]:
@@ -58,7 +54,7 @@ def tables(results: Results) -> list[Rows]:
     for method, runs in by_method(results).items():
         last = [run["records"][-1] for run in runs]
         # the record at which as much had been computed as backprop computes in all
-        equal = [run["records"][max(1, round(len(run["records"]) * min(1.0, 3 / cost(run)))) - 1] for run in runs]
+        equal = [run["records"][max(1, round(len(run["records"]) * min(1.0, 3 / cost(run["job"])))) - 1] for run in runs]
         layers = [[record["layers"][i] for record in last] for i in range(len(last[0].get("layers", [])))]
         angles, folded, signs, errors = (
             ", ".join(text([layer[key] for layer in runs_of], digits) for runs_of in layers) or "0"
@@ -88,10 +84,6 @@ def tables(results: Results) -> list[Rows]:
             lines,
         )
     ]
-
-
-def cost(run: dict[str, object]) -> int:
-    return MLP(**run["job"]).cost  # type: ignore[arg-type]
 
 
 def figures(results: Results) -> dict[str, Figure]:

@@ -32,11 +32,7 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
     methods |= {f"width {n}": ridge | {"sizes": (784, n, 50, 10)} for n in WIDTHS}
     methods |= {"joint": {"rule": "joint", "rule_args": {"lr": 0.2}}} if not faithful else {}
     theirs = {"bias_units": True, "weight_seed": 0} if faithful else {}
-    return [
-        MLP(method, seed, steps, every, warmup=steps, **options, **theirs)  # type: ignore[arg-type]
-        for seed in seeds
-        for method, options in methods.items()
-    ]
+    return [MLP(method, seed, steps, every, warmup=steps, **options, **theirs) for seed in seeds for method, options in methods.items()]
 
 
 def tables(results: Results) -> list[Rows]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fbkernels as fb
+from fbkernels import train
 from fbkernels.bench.reproduce.driver import Data, Watch, short
 
 
@@ -34,23 +35,16 @@ class WithoutResidual(fb.Joint):
         return scale * M, scale / m.std**2 * G
 
 
-RULES: dict[str, Callable[..., fb.Rule]] = {
-    "ridge": fb.Ridge,
-    "lms": fb.LMS,
-    "joint": fb.Joint,
-    "fixed": fb.Fixed,
-    "weight-transport": fb.WeightTransport,
-    "kolen-pollack": fb.KolenPollack,
-    "synthetic": fb.SyntheticGradient,
-    "weight-mirror": fb.WeightMirror,
-    "sign-symmetric": fb.SignSymmetric,
-    "node-perturbation": fb.NodePerturbation,
-}
-RULES["without-residual"] = WithoutResidual
+RULES: dict[str, Callable[..., fb.Rule]] = train.RULES | {"without-residual": WithoutResidual}
 FUSED = ("ridge", "lms", "joint", "fixed", "weight-transport")
 ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 # the work of a step in forward passes, with layerwise feedback: clean and perturbed stream, gradients of activities and of weights
 COST = {"ridge": 4, "lms": 4, "joint": 4, "without-residual": 4, "weight-mirror": 4, "node-perturbation": 3, "synthetic": 6}
+
+
+def cost(job: Mapping[str, Any]) -> int:
+    """Of a job's step, in forward passes; backprop's is 3."""
+    return 1 if job["frozen"] else COST.get(job["rule"], 3)
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,6 @@ class MLP:
     def name(self) -> str:
         return "-".join(f"{self.method} {self.variant} {self.seed}".replace(",", "").split())
 
-    @cached_property
-    def cost(self) -> int:
-        """Forward passes' worth of a step; backprop's is 3."""
-        return 1 if self.frozen else COST.get(self.rule, 3)
-
     def run(self, data: Data, watch: Watch) -> dict[str, Any]:
         """Train, from the checkpoint if there is one; the records, and what pictures need."""
         x, y = data.x, data.x if self.target == "input" else data.y
@@ -114,7 +103,7 @@ class MLP:
             seconds += time.perf_counter() - begin
             records.append({"step": step + len(losses), "train_loss": short(float(losses.mean())), **self.score(net, data)})
             at = {"records": records, "seconds": seconds}
-            watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})  # type: ignore[misc]
+            watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})
         return {"records": records, "seconds": seconds} | (self.draw(net.model(), data) if self.pictures else {})
 
     @torch.no_grad()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, spread, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
 from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import panels
+from fbkernels.bench.reproduce.panels import bars, panels
 
 STEPS = {"smoke": 200, "short": 5_000, "full": 500_000}
 DRAWS = {"smoke": 2, "short": 20, "full": 20}
@@ -60,7 +60,7 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
     """One setting at a time on the classifier, each seed; the random search on the autoencoder, one seed a draw."""
     steps = STEPS[scale]
     sweeps = [
-        MLP(method, seed, steps, max(steps // 20, 100), value, **options)  # type: ignore[arg-type]
+        MLP(method, seed, steps, max(steps // 20, 100), value, **options)
         for seed in seeds
         for method, values in settings().items()
         for value, options in values.items()
@@ -134,8 +134,8 @@ def figures(results: Results) -> dict[str, Figure]:
                 (0, "test error (%)", lambda runs: [run["records"][-1]["test_error"] for run in runs]),
                 (1, "angle of layer 1 (degrees)", lambda runs: _of_layer(runs, 0)),
             ):
-                means, errors = zip(*(spread(of(runs)) for runs in values.values()), strict=True)
-                axes[row][i].errorbar(x, means, errors if errors[0] == errors[0] else None, marker=".")
+                means, errors = bars([of(runs) for runs in values.values()])
+                axes[row][i].errorbar(x, means, errors, marker=".")
                 axes[row][i].set(xscale="log", xlabel=method, ylabel=label)
         drawn["settings"] = figure
     if searched := [row for row in _searched(results) if row[0] < float("inf")]:

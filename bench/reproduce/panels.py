@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fbkernels.bench.reproduce.driver import Results
+from fbkernels.train import spread
 
 
 def panels(rows: int, columns: int, xlabel: str) -> tuple[Figure, list[list[Axes]]]:
@@ -37,3 +39,10 @@ def line(ax: Axes, label: str, index: int, runs: Results, value: Callable[[dict[
 def of_layer(layer: int, key: str) -> Callable[[dict[str, Any]], float | None]:
     """A hidden layer's number in a record, None for what has no B."""
     return lambda record: record["layers"][layer][key] if "layers" in record else None
+
+
+def bars(values: Sequence[Sequence[float | None]]) -> tuple[list[float], list[float]]:
+    """Means and standard errors for ``errorbar``, which are nan where there are none."""
+    found = [spread(v) for v in values]
+    mean, error = ([math.nan if (v := s[key]) is None else v for s in found] for key in ("mean", "standard_error"))
+    return mean, error

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, spread, text
+from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
 from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import panels
+from fbkernels.bench.reproduce.panels import bars, panels
 
 STEPS = {"smoke": 200, "short": 5_000, "full": 100_000}
 DEPTHS = (2, 3, 4, 6, 8, 10)  # layers of weights, hidden ones of 64 units
@@ -40,7 +40,7 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
             loss="cross_entropy",
             optimizer="adam",
             lr=1e-3,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
         for seed in seeds
         for variant, sizes in networks.items()
@@ -79,9 +79,9 @@ def figures(results: Results) -> dict[str, Figure]:
     for row, (kind, values) in zip(axes, _varied(results), strict=True):
         for ax, (key, label) in zip(row, (("test_error", "test error (%)"), ("angle", "angle of layer 1 (degrees)")), strict=True):
             for method, runs in by_method(results).items():
-                means, errors = zip(*(spread(_last(runs, f"{kind} {v}", key)) for v in values), strict=True)
+                means, errors = bars([_last(runs, f"{kind} {v}", key) for v in values])
                 if means[0] == means[0]:
-                    ax.errorbar(values, means, errors if errors[0] == errors[0] else None, label=method, marker=".", linewidth=1.2)
+                    ax.errorbar(values, means, errors, label=method, marker=".", linewidth=1.2)
             ax.set(
                 xlabel=kind, ylabel=label, xscale="log" if kind == "width" else "linear", yscale="log" if key == "test_error" else "linear"
             )
