@@ -7,7 +7,6 @@ import contextlib
 import copy
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -19,22 +18,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from experiments import ask, die, few, images, longer, watch
 from poison import one_warning
 from test_cli import same, same_results
-from test_reproduce import few, images, watch
 from torch import nn
 
 import fbkernels as fb
 from fbkernels import cli, files
 from fbkernels import train as job
 from fbkernels.bench.reproduce import driver, fig2
-from fbkernels.bench.reproduce.driver import Data, Watch
-from fbkernels.bench.reproduce.mlp import MLP
+from fbkernels.bench.reproduce.driver import Watch
 
 SMALL = ("--epochs", "2", "--train-images", "300", "--threads", "1", "--compare", "")
 RULES = [
@@ -162,30 +159,6 @@ def test_kill_9_at_random_moments_of_train(tmp_path: Path, seed: int) -> None:
     assert not list((tmp_path / "parts").glob("*.tmp"))
 
 
-def often(data_dir: str, device: str) -> Data:
-    """A worker calls this: from then on it saves after every record, and takes its time."""
-    driver.SAVE_EVERY = 0.0
-    call = Watch.__call__
-
-    def slow(self: Watch, *args: object) -> None:
-        time.sleep(0.02)
-        call(self, *args)  # type: ignore[arg-type]
-
-    Watch.__call__ = slow  # type: ignore[method-assign]
-    return images()
-
-
-def longer(scale: str, seeds: range, faithful: bool) -> list[MLP]:
-    return [replace(kind, steps=200) for kind in few(scale, seeds, faithful)]
-
-
-def ask(out: str) -> None:
-    """What ``fbkernels reproduce`` does, with small data."""
-    experiment = driver.Experiment("", 1, longer, often, fig2.tables, fig2.figures)  # type: ignore[arg-type]
-    given = {"scale": "smoke", "seeds": (0,), "faithful": False, "methods": None, "data_dir": "", "device": "cpu", "processes": 2}
-    driver.reproduce("fig2", experiment, Path(out), **given, command=[])
-
-
 def alive(group: int) -> list[int]:
     """Processes of a group that still run."""
     found = []
@@ -203,7 +176,7 @@ def test_kill_9_of_reproduce(tmp_path: Path) -> None:
     for kill in (os.killpg, os.kill):
         before = {path: path.stat().st_mtime_ns for path in states if path.exists()}
         process = subprocess.Popen(
-            [sys.executable, "-c", "import sys, test_faults; test_faults.ask(sys.argv[1])", str(tmp_path)],
+            [sys.executable, "-P", "-c", "import sys, experiments; experiments.ask(sys.argv[1])", str(tmp_path)],
             env=os.environ | {"PYTHONPATH": here}, start_new_session=True, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         while process.poll() is None and not any(p.exists() and p.stat().st_mtime_ns != before.get(p) for p in states):
@@ -222,12 +195,6 @@ def test_kill_9_of_reproduce(tmp_path: Path) -> None:
         whole = kind.run(images(), watch(tmp_path / f"whole-{kind.name}"))
         assert run["records"] == whole["records"]
     assert not [path for path in (tmp_path / "jobs").iterdir() if path.suffix in (".tmp", ".pt")]
-
-
-def die(data_dir: str, device: str) -> Data:
-    if multiprocessing.parent_process() is not None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return images()
 
 
 def test_a_training_that_is_killed(tmp_path: Path) -> None:

@@ -10,20 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from experiments import fail, few, images, watch
+from torch import nn
 
 import fbkernels as fb
 from fbkernels import cli
 from fbkernels.bench.reproduce import EXPERIMENTS, autoencoder, cifar, driver, fig2, fixed_w, noise_search, reproduce, scaling
-from fbkernels.bench.reproduce.driver import Data, Experiment, Interrupted, Watch
+from fbkernels.bench.reproduce.driver import Experiment, Interrupted
 from fbkernels.bench.reproduce.mlp import MLP, BiasUnit, Fused, HalfSquaredError, Modules, TF1Adam, WithoutResidual
-
-
-def images(data_dir: str = "", device: str = "cpu") -> Data:
-    generator = torch.Generator().manual_seed(0)
-    x, test_x = (torch.rand(n, 784, generator=generator) for n in (96, 64))
-    y, test_y = (torch.randint(10, (n,), generator=generator) for n in (96, 64))
-    return Data(x, y, test_x, test_y)
 
 
 def colour(data_dir: str = "", device: str = "cpu") -> cifar.Images:
@@ -31,11 +25,6 @@ def colour(data_dir: str = "", device: str = "cpu") -> cifar.Images:
     x, test_x = (torch.randint(256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8) for n in (300, 40))
     y, test_y = (torch.randint(10, (n,), generator=generator) for n in (300, 40))
     return cifar.Images(x, y, test_x, test_y, 10)
-
-
-def watch(path: Path, stop_at: int | None = None) -> Watch:
-    done = [0]
-    return Watch(path, {}, lambda steps: done.__setitem__(0, steps), lambda: done[0] == stop_at)
 
 
 def without_times(result: dict) -> dict:
@@ -235,11 +224,6 @@ def test_settings_of_the_paper() -> None:
     assert rows["learned"] == 515.3
 
 
-def few(scale: str, seeds: range, faithful: bool) -> list[MLP]:
-    methods = ("backprop", "feedback alignment")
-    return [MLP(m, seed, 8, 4, rule=r) for seed in seeds for m, r in zip(methods, ("weight-transport", "fixed"), strict=True)]
-
-
 FEW = Experiment("two lines of figure 2", 2, few, images, fig2.tables, fig2.figures)  # type: ignore[arg-type]
 options = functools.partial(
     reproduce, "fig2", FEW, scale="smoke", faithful=False, data_dir="", device="cpu", processes=2, command=["fbkernels"]
@@ -275,10 +259,6 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "none" in capsys.readouterr().err
     assert cli.main(["reproduce", "fig2", "--data-dir", str(tmp_path), "--processes", "0"]) == 2
     assert "processes must be an integer in [1, 1024], got 0" in capsys.readouterr().err
-
-
-def fail(data_dir: str, device: str) -> Tensor:
-    return torch.zeros(3)
 
 
 def test_a_job_that_fails_stops_the_experiment(tmp_path: Path) -> None:
