@@ -82,7 +82,7 @@ def perturbed_cross_entropy_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, BK)
     m_k = o_k < K
-    m_p = m_k & (i_n < rows)
+    m_p = o_k < tl.where(i_n < rows, K, 0)  # a scalar in & is no mask to the interpreter of Triton 3.9
     t = tl.load(target + i_n)
     ignored = t == -100
     keep = tl.where(ignored, 0.0, 1.0)

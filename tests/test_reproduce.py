@@ -101,7 +101,7 @@ def test_every_cifar_row_is_trained_and_goes_on_bit_for_bit(faithful: bool, tmp_
     jobs = [replace(job, images=160, width=0.03, epochs=2) for job in cifar.jobs("cifar10", "smoke", (0,), faithful)]
     results = []
     for job in jobs:
-        whole = job.run(colour(), watch(tmp_path / "whole.pt"))
+        whole = job.run(colour(), watch(tmp_path / f"whole-{job.name}.pt"))
         assert len(whole["records"]) == 2
         results.append(json.loads(json.dumps({"method": job.method, "seed": 0, "job": driver._plain(job), **whole})))
         if job.method not in ("backprop", "learned"):
