@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import random
 import signal
@@ -350,11 +349,18 @@ def test_progress() -> None:
 
 def test_ctrl_c_stops_between_steps_and_the_run_goes_on() -> None:
     net, x, y = make((9, 8, 4, 3), 23)
-    gc.collect()  # an interrupt inside a weak reference's callback, of which Dynamo has many, is lost
-    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        net.fit(x, y, steps=10**9 // 1000, batch_size=6)
+    stop = threading.Event()
+
+    def interrupt() -> None:
+        while not stop.wait(1.0):  # again: one inside a weak reference's callback, of which Dynamo has many, is lost
+            signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            net.fit(x, y, steps=10**9 // 1000, batch_size=6)
+    finally:
+        stop.set()
     taken = net.step
     assert taken > 0
     other, x, y = make((9, 8, 4, 3), 23)
