@@ -355,12 +355,14 @@ def test_ctrl_c_stops_between_steps_and_the_run_goes_on() -> None:
         while not stop.wait(1.0):  # again: one inside a weak reference's callback, of which Dynamo has many, is lost
             signal.raise_signal(signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background ignores
     threading.Thread(target=interrupt).start()
     try:
         with pytest.raises(KeyboardInterrupt):
             net.fit(x, y, steps=10**9 // 1000, batch_size=6)
     finally:
         stop.set()
+        signal.signal(signal.SIGINT, before)
     taken = net.step
     assert taken > 0
     other, x, y = make((9, 8, 4, 3), 23)
