@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from fbkernels.bench.reproduce import EXPERIMENTS
 from fbkernels.bench.suite import SWEEPS, figure
@@ -310,6 +311,7 @@ def sweeps(info: dict[str, Any], out: Path) -> None:
         axes.set(xlabel=axis, xscale="log", yscale="log", ylabel="ms a step")
         axes.set_xticks(SWEEPS[axis], [f"{n:,}" for n in SWEEPS[axis]])
         axes.minorticks_off()
+        axes.yaxis.set(major_locator=LogLocator(10, (1, 2, 5)), major_formatter="{x:g}")
     axes.legend()
     picture.suptitle(f"784-256-256-256-10, batch 64, direct feedback; {b['gpu'] or b['cpu']}, {b['threads']} threads", fontsize=10)
     picture.savefig(out, dpi=150)

@@ -143,7 +143,7 @@ def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str, backend: str
 def test_options_of_the_noise(name: str, backend: str, rule: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = NETS[name]()
-    for noise in ("gaussian", "rademacher"):
+    for noise in ("rademacher",) if backend == "triton" else ("gaussian", "rademacher"):  # the interpreter takes 20 s for one
         options = {**options, "noise": noise, "rule": RULES[rule](), "steps": 3, "samples": 4 if backend == "triton" else 20}
         exact = train(model, torch.float64, "reference", **options)
         theirs, ours = (train(model, torch.float32, b, **options) for b in ("reference", backend))
