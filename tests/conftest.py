@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core: more threads than that wait for each other, four times as long in small networks
+
 import numpy
 import pytest
 import torch
