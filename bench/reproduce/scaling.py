@@ -80,8 +80,7 @@ def figures(results: Results) -> dict[str, Figure]:
         for ax, (key, label) in zip(row, (("test_error", "test error (%)"), ("angle", "angle of layer 1 (degrees)")), strict=True):
             for method, runs in by_method(results).items():
                 means, errors = bars([_last(runs, f"{kind} {v}", key) for v in values])
-                if means[0] == means[0]:
-                    ax.errorbar(values, means, errors, label=method, marker=".", linewidth=1.2)
+                ax.errorbar(values, means, errors, label=method, marker=".", linewidth=1.2)  # without an angle too: one colour a method
             ax.set(
                 xlabel=kind, ylabel=label, xscale="log" if kind == "width" else "linear", yscale="log" if key == "test_error" else "linear"
             )
