@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from poison import guarded
+from test_block import assert_as_exact
 from test_feedback import check_feedback, check_update, feedbacks, updates
 from test_perturbed_layers import calls as layers
 from test_perturbed_layers import check as check_layer
@@ -214,9 +215,7 @@ def test_a_network_trains(rule: fb.Rule) -> None:
         for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "cuda"))
     )
     assert exact.keys() == ours.keys()
-    for key, want in exact.items():
-        error, limit = (float((states[key] - want).norm()) for states in (ours, single))
-        assert error <= 2 * limit + 2.0**-22 * float(want.norm()), key
+    assert_as_exact(ours, single, exact)
 
 
 @pytest.mark.parametrize("change", [{}, {"p": None}, {"B": None, "M": None, "G": None, "learned_step": None, "predicts": False}], ids=len)
