@@ -87,10 +87,10 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
 
 
 def _sweeps(results: Results) -> dict[str, dict[str, Results]]:
-    """Method -> value -> runs; the random search left out."""
+    """Method -> value, rising -> runs; the random search left out."""
     found: dict[str, dict[str, Results]] = {}
     for method, runs in by_method([run for run in results if run["method"] != "search"]).items():
-        for run in runs:
+        for run in sorted(runs, key=lambda run: float(run["job"]["variant"])):
             found.setdefault(method, {}).setdefault(run["job"]["variant"], []).append(run)
     return found
 
