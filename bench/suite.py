@@ -213,15 +213,20 @@ def _tensors(problem: Problem) -> dict[str, Any]:
 
 
 def _providers(
-    ours: Callable[[str], Step], eager: Callable[..., Any], args: Sequence[Tensor], problem: Problem, work: Work
+    ours: Callable[[str], Step],
+    eager: Callable[..., Any],
+    args: Sequence[Tensor],
+    problem: Problem,
+    work: Work,
+    lacking: Sequence[str] = (),
 ) -> dict[str, Provider]:
-    """Ours by backend, the eager rival and the same compiled."""
+    """Ours by backend, but for those that have no kernel of it; the eager rival and the same compiled."""
 
     def rival(compiler: str | None) -> Step:
         run = torch.no_grad()(compiled(eager, compiler))
         return lambda: run(*args)
 
-    table = {f"ours, {b}": Provider(lambda b=b: ours(b), work) for b in backends(problem.device)}
+    table = {f"ours, {b}": Provider(lambda b=b: ours(b), work) for b in backends(problem.device) if b not in lacking}
     table["eager"] = Provider(lambda: rival(None), work)
     if problem.compiler:
         table["compiled"] = Provider(lambda: rival(problem.compiler), work)
@@ -339,8 +344,7 @@ def _cross_entropy(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
 
     work = Work(0, 4 * (4 * logits.numel() + 2 * len(y)) + 8 * len(y))
     ours = lambda b: lambda: ops.perturbed_cross_entropy(logits, perturbed, y, False, backend=b)  # noqa: E731
-    table = _providers(ours, eager, (logits, perturbed, y), p, work)
-    return {name: provider for name, provider in table.items() if name not in ("ours, cpp", "ours, cuda")}  # which take the reference
+    return _providers(ours, eager, (logits, perturbed, y), p, work, ("cpp", "cuda"))  # which take the reference
 
 
 def _unpool(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
@@ -350,8 +354,8 @@ def _unpool(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
     winner = ops.perturbed_pointwise(z, None, None, "identity", "max", False, *POOL, t["step"], 0, 0, 0, STD, "gaussian")[3]
     eager = lambda h, z, where: torch.ops.aten.max_pool2d_with_indices_backward.default(h, z, *POOL, (1, 1), False, where)  # noqa: E731
     work = Work(0, 5 * h.numel() + 4 * z.numel())
-    table = _providers(lambda b: lambda: ops.unpool(h, winner, z.shape[2:], *POOL, backend=b), eager, (h, z, where), p, work)
-    return {name: provider for name, provider in table.items() if name != "ours, triton"}  # which does it within feedback
+    ours = lambda b: lambda: ops.unpool(h, winner, z.shape[2:], *POOL, backend=b)  # noqa: E731
+    return _providers(ours, eager, (h, z, where), p, work, ("triton",))  # which does it within feedback
 
 
 def _pooled_gradient(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
@@ -364,8 +368,7 @@ def _pooled_gradient(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
     ours = lambda b: lambda: ops.pooled_weight_gradient(delta, winner, x, layer.weight, *how, *POOL, backend=b)  # noqa: E731
     eager = lambda dense, x: (rivals.weight_gradient(layer, dense, x), dense.sum((0, 2, 3)))  # noqa: E731
     work = Work(delta.numel() * layer.weight[0].numel(), 4 * (delta.numel() + x.numel() + layer.weight.numel()) + winner.numel())
-    table = _providers(ours, eager, (dense, x), p, work)
-    return {name: provider for name, provider in table.items() if name not in ("ours, triton", "ours, cuda")}  # which take the library's
+    return _providers(ours, eager, (dense, x), p, work, ("triton", "cuda"))  # which take the library's
 
 
 OPS: dict[str, Callable[[Problem, dict[str, Any]], dict[str, Provider]]] = {
