@@ -279,17 +279,29 @@ struct Run {
       return;
     }
     transpose(m, batch, Rows{regressor(r), pad}, Q, m);
+    auto power = [&](int64_t c) {
+      f32v sum{};
+      for (int64_t j = 0; j < m; ++j) {
+        f32v v = load(regressor(r) + j * pad + c);
+        sum = mul_add(v, v, sum);
+      }
+      return usable(r, c) == 0.0f ? f32v{} : sum;
+    };
+    float total = 0;
+    if (p.rule == MlpRule::joint_loss)
+      for (int64_t c = 0; c < batch; c += lanes) {
+        f32v each = power(c);
+        for (int i = 0; i < lanes && c + i < batch; ++i) total += each[i];
+      }
+    // that |r|^2 counts as
+    f32v least = max(broadcast(p.joint_floor * total / float(batch)), broadcast(1e-30f));
     for (int64_t c = 0; c < batch; c += lanes) {
       f32v use = usable(r, c), gain = broadcast(float(p.rule_rate));
       if (p.rule == MlpRule::joint_loss) {
-        f32v predicted{}, power{};
+        f32v predicted{};
         for (int l = 0; l < last; ++l)
           for (int64_t u = 0; u < p.layer[l].units; ++u) predicted += load(s.residual[l] + u * pad + c);
-        for (int64_t j = 0; j < m; ++j) {
-          f32v v = load(regressor(r) + j * pad + c);
-          power = mul_add(v, v, power);
-        }
-        gain = float(scale) * (load(s.loss_change + c) - predicted) / max(power, broadcast(1e-30f));
+        gain = float(scale) * (load(s.loss_change + c) - predicted) / max(power(c), least);
       }
       for (int64_t i = 0; i < lanes && c + i < batch; ++i) {
         float* q = Q + (c + i) * m;

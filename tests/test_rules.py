@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -385,6 +386,32 @@ def test_joint_closes_lr_of_the_gap(groups: int) -> None:
     predicted = (xi * nn.functional.conv_transpose2d(delta, fb.points(net)["0"].B, groups=groups)).sum()
     # dL: two losses in float64 whose difference is 1e-3 of them
     torch.testing.assert_close(predicted, 0.25 * dL.detach().squeeze(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("positions", [1, 3])
+@pytest.mark.parametrize("groups", [(), (2,)], ids=["whole", "grouped"])
+def test_joint_divides_by_no_less_than_a_hundredth_of_the_mean(groups: tuple[int, ...], positions: int) -> None:
+    rows, m = 6, 4
+    fit = torch.tensor([1, 1e-3, 1, 0, 0.5, 1], dtype=torch.float64).repeat_interleave(positions)[:, None]  # two samples are fitted
+    R, s = normal(*groups, rows * positions, m) * fit, normal(rows, seed=1)
+
+    def gains(rows: slice, part: Any = None) -> Tensor:
+        r = R.unflatten(-2, (-1, positions))[..., rows, :, :].flatten(-3, -2)
+        n = len(s[rows])
+        measured = fb.Measurement(torch.tensor(0), n, 0.1, 50, r, s[rows].repeat_interleave(positions), s[rows], s[rows], part=part)
+        return fb.Joint(0.2).update(measured, {})[1]
+
+    G = gains(slice(None))
+    power = R.square().sum(-1).view(-1, rows * positions).mean(0).view(rows, positions).sum(1)
+    divisor = torch.stack([max(p, power.mean() / 100) for p in power]).repeat_interleave(positions)
+    assert (divisor[positions] > 1e3 * power[1]).all()
+    expected = 0.2 / (0.1**2 * 50) * (s.repeat_interleave(positions) / divisor)[:, None] * R
+    close(G, expected, 8 * EPS)
+    # of several processes, the mean of the whole batch
+    for own in (slice(0, 2), slice(2, rows)):
+        processes = SimpleNamespace(sum=lambda t, own=own: t + positions * (power.sum() - power[own].sum()))
+        part = SimpleNamespace(total=rows, processes=processes)
+        close(gains(own, part), expected.unflatten(-2, (rows, positions))[..., own, :, :].flatten(-3, -2), 8 * EPS)
 
 
 @pytest.mark.parametrize("structure", ["direct", "layerwise"])

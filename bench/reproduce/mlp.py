@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels import train
 from fbkernels.bench.reproduce.driver import Data, Watch, short
+from fbkernels.rules.joint import floored_power
 
 
 class WithoutResidual(fb.Joint):
@@ -30,7 +31,7 @@ class WithoutResidual(fb.Joint):
             G = m.output_change
             M = m.batch * torch.eye(G.shape[1], dtype=G.dtype, device=G.device)
         else:
-            normed = m.regressor / m.power.clamp_min(1e-30)[:, None]
+            normed = m.regressor / floored_power(m)[:, None]
             G, M = m.loss_change[:, None] * normed, m.regressor.mT @ normed
         return scale * M, scale / m.std**2 * G
 
