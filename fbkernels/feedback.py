@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fbkernels import ops
+from fbkernels._compile import constant
 from fbkernels.autograd import Behind, Reach, Transport
 from fbkernels.points import FeedbackPoint, Stateful
 from fbkernels.processes import Part, Processes
@@ -542,6 +543,6 @@ def capturing(step: Tensor) -> bool:
     return step.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo enters the transforms while it traces, so the answer is known then
+@constant  # Dynamo enters the transforms while it traces, so the answer is known then
 def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fbkernels import reference, tuning
 from fbkernels._check import in_interval, integer, non_negative, one_of, positive
+from fbkernels._compile import constant
 
 try:
     from fbkernels import _C
@@ -84,7 +85,7 @@ def backends() -> dict[str, str]:
     return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo traces into a cached function
+@constant  # Dynamo traces into a cached function
 @functools.cache
 def _native(device: str) -> tuple[str, ...]:
     """The backends for tensors on a device, the best first."""

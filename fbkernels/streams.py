@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fbkernels._compile import constant
 from fbkernels.reference import Connection, pair
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Streams(Tensor):
             return _run(func, _name(func), args, kwargs or {})
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo does not know __name__ of a builtin
+@constant  # Dynamo does not know __name__ of a builtin
 def _name(func: Any) -> str:
     return str(func.__name__)
 

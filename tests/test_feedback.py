@@ -158,7 +158,7 @@ feedbacks = st.tuples(
 
 
 @given(feedbacks, st.sampled_from([torch.float32, torch.float16]))
-@settings(max_examples=15, deadline=None)  # 3 s each in the interpreter
+@settings(max_examples=10, deadline=None)  # 3 s each in the interpreter
 def test_feedback_before_a_pooling_in_triton(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     check_feedback("triton", dtype, *case)
 

@@ -16,6 +16,7 @@ LIBRARY = """
 import sys
 sys.modules.update(dict.fromkeys(("rich", "matplotlib", "sklearn", "triton"), None))  # an import of these fails
 import torch, fbkernels as fb
+assert "torch._dynamo" not in sys.modules  # 2 s at each start
 net = fb.convert(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)))
 fb.PerturbedLoss(torch.nn.CrossEntropyLoss(), net)(net(torch.ones(5, 3)), torch.zeros(5, dtype=torch.int64)).backward()
 print(fb.points(net)["0"].B.shape)
