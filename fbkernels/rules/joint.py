@@ -7,7 +7,7 @@ from torch import Tensor
 from fbkernels._check import in_interval, one_of
 from fbkernels.rules.base import Gain, Measurement, Rule
 
-FLOOR = 0.01  # 784-3000-50-10 overflows within 1,500 steps without; 1 costs 1,000 units 11 degrees
+FLOOR = 0.01  # 784-3000-50-10 overflows within 1,500 steps without; 1 costs 1,000 units 11 degrees (bench/results/scaling-short)
 
 
 def floored_power(m: Measurement) -> Tensor:
