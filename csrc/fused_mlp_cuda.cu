@@ -399,28 +399,21 @@ struct Run {
   // LMS, and joint on the loss: a gain of each sample's own
   __device__ void scale_regressors(int r) const {
     const int m = p.layer[r].regressors, row = regressor_row(r);
-    auto power = [&](int n) {  // the lane's part of |r|^2
-      const float* R = regressor(r) + n * row;
-      float sum = 0;
-      if (s.usable[r][n] != 0)
-        for (int j = lane; j < m; j += warp_size) sum += R[j] * R[j];
-      return sum;
-    };
-    float least = -1;  // that |r|^2 counts as; a warp without samples needs none
+    float least = 0;  // that |r|^2 counts as
+    if (p.rule == MlpRule::joint_loss) {
+      for (int i = lane; i < batch * m; i += warp_size) least += regressor_at(r, i) * regressor_at(r, i);
+      least = fmaxf(p.joint_floor * warp_sum(least) / float(batch), 1e-30f);
+    }
     each_sample([&](int n) {
       const float* R = regressor(r) + n * row;
       float gain = float(p.rule_rate);
       if (p.rule == MlpRule::joint_loss) {
-        if (least < 0) {
-          float sum = 0;
-          for (int i = 0; i < batch; ++i) sum += power(i);
-          least = fmaxf(p.joint_floor * warp_sum(sum) / float(batch), 1e-30f);
-        }
-        float predicted = 0;
+        float predicted = 0, power = 0;
         for (int l = 0; l < last; ++l)
           for (int u = lane; u < p.layer[l].units; u += warp_size) predicted += s.residual[l][n * row_of(l) + u];
-        predicted = warp_sum(predicted);
-        gain = float(p.joint_rate()) * (s.loss_change[n] - predicted) / fmaxf(warp_sum(power(n)), least);
+        for (int j = lane; j < m; j += warp_size) power += R[j] * R[j];
+        predicted = warp_sum(predicted), power = warp_sum(power);
+        gain = float(p.joint_rate()) * (s.loss_change[n] - predicted) / fmaxf(power, least);
       }
       const bool use = s.usable[r][n] != 0;
       for (int j = lane; j < m; j += warp_size) s.gain[r][n * m + j] = use ? gain * R[j] : 0;
