@@ -354,8 +354,8 @@ def _unpool(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
     winner = ops.perturbed_pointwise(z, None, None, "identity", "max", False, *POOL, t["step"], 0, 0, 0, STD, "gaussian")[3]
     eager = lambda h, z, where: torch.ops.aten.max_pool2d_with_indices_backward.default(h, z, *POOL, (1, 1), False, where)  # noqa: E731
     work = Work(0, 5 * h.numel() + 4 * z.numel())
-    ours = lambda b: lambda: ops.unpool(h, winner, z.shape[2:], *POOL, backend=b)  # noqa: E731
-    return _providers(ours, eager, (h, z, where), p, work, ("triton",))  # which does it within feedback
+    # Triton does it within feedback
+    return _providers(lambda b: lambda: ops.unpool(h, winner, z.shape[2:], *POOL, backend=b), eager, (h, z, where), p, work, ("triton",))
 
 
 def _pooled_gradient(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:

@@ -21,6 +21,7 @@ class WithoutResidual(fb.Joint):
     """An ablation of Joint in direct feedback: B averages the correlation of noise and signal, from which no prediction is taken away.
 
     ``M = lr S / n_tot``, ``G = lr s r / (sigma^2 n_tot)`` with ``S = N I, s r = y~ - y`` or ``S = sum r r^T / |r|^2, s r = dL r / |r|^2``.
+    ``|r|^2`` is Joint's.
     """
 
     predicts = False

@@ -7,14 +7,14 @@ from torch import Tensor
 from fbkernels._check import in_interval, one_of
 from fbkernels.rules.base import Gain, Measurement, Rule
 
-FLOOR = 0.01  # 784-3000-50-10 overflows within 1,500 steps without; 1 costs 1,000 units 11 degrees (bench/results/scaling-short)
+FLOOR = 0.01  # 784-3000-50-10 overflows within 1,500 steps without (bench/results/scaling-short); the C++ and CUDA engines' joint_floor
 
 
 def floored_power(m: Measurement) -> Tensor:
     """``|r|^2``, or ``FLOOR`` of its mean over the batch where that is more, of each sample at every position: [S]."""
     power = m.power
     mean = m.sum(power.sum()) / (m.batch * (len(power) // m.rows))
-    return power.clamp_min(FLOOR * mean).clamp_min(1e-30)
+    return power.clamp_min((FLOOR * mean).clamp_min(1e-30))
 
 
 class Joint(Rule):
