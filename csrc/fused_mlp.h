@@ -43,7 +43,7 @@ struct FusedMlpParams {
   const int64_t* rows;    // [steps, batch] into the samples
   double* losses;         // [steps]
 
-  static constexpr float joint_floor = 0.01f;  // of |r|^2, of its mean over the batch (FLOOR of fbkernels/rules/joint.py)
+  static constexpr float joint_floor = 0.01f;  // of the mean of |r|^2: FLOOR of fbkernels/rules/joint.py
   FBK_INLINE bool perturbs() const { return rule != MlpRule::fixed && rule != MlpRule::weight_transport; }
   FBK_INLINE bool joint() const { return rule == MlpRule::joint_loss || rule == MlpRule::joint_output; }
   FBK_INLINE int regressions() const { return !perturbs() ? 0 : layerwise ? layers - 1 : 1; }
