@@ -60,10 +60,10 @@ if python3 -P -c 'import pytest' 2>/dev/null; then
   fi
   if sanitizer=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"); then
     part racecheck 20 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/test_fused_mlp_cuda.py -k "cutting and sgd and cuts0"
-    part racecheck_ops 20 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/test_cuda_ops.py -k order_of_threads
+    part racecheck_ops 20 "$sanitizer" --tool racecheck --error-exitcode 9 $pytest tests/ops/test_cuda_ops.py -k order_of_threads
     # without torch's allocator, which hides what is read behind a tensor
     part sanitizer 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --target-processes application-only \
-      --error-exitcode 9 $pytest tests/test_gpu.py tests/test_fused_mlp_cuda.py tests/test_cuda_ops.py \
+      --error-exitcode 9 $pytest tests/test_gpu.py tests/test_fused_mlp_cuda.py tests/ops/test_cuda_ops.py \
       -k "in_bf16 or reference_on_the_device or as_exact or one_launch or cutting and cuts0 or order_of_threads"
   else
     echo "== sanitizer: left out, no compute-sanitizer"

@@ -19,7 +19,8 @@ from test_feedback import bounds, double
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import ops, reference, tuning
+from fbkernels import ops, reference
+from fbkernels.ops import tuning
 
 pytest.importorskip("triton")
 from fbkernels import kernels
@@ -135,7 +136,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> None:
 
 def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate: int = 0) -> None:
     choice = lambda *given: given[2][candidate]  # noqa: E731
-    with poisoned(), mock.patch.object(kernels, "fastest", choice), mock.patch.object(tuning, "fastest", choice):
+    with poisoned(), mock.patch.object(tuning, "fastest", choice):
         h, p, kept, *rest = op(**call, backend=backend)
     *rest, new, parts = rest
     want_h, want_p, want_kept, *_, want_new, want_parts = op(**double(call), backend="reference")
@@ -287,7 +288,7 @@ def test_bad_arguments_are_named_before_anything_runs(name: str, message: str, c
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_of_a_layer_is_one_launch(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both streams, noise, B's update and prediction: nothing else computes."""
-    monkeypatch.setattr(kernels, "fastest", lambda *given: given[2][0])
+    monkeypatch.setattr(tuning, "fastest", lambda *given: given[2][0])
     for name, units in (("linear", 9), ("conv2d", 36)):
         update: dict[str, Any] = dict.fromkeys(("B", "M", "G", "learned_step")) | {"predicts": False} | riding(form, units, 7, 3)
         call = example(name, dtype, **update)
@@ -326,7 +327,7 @@ def test_a_training_step_launches_once_a_point(
 ) -> None:
     """Of the second step, whose launches update B: forward one a point, where a max-pooling stands after the library's convolutions of
     both streams; one for the loss; backward one a point."""
-    monkeypatch.setattr(kernels, "fastest", lambda *given: given[2][0])
+    monkeypatch.setattr(tuning, "fastest", lambda *given: given[2][0])
     net = fb.convert(copy.deepcopy(model).to(DEVICE), rule=copy.deepcopy(rule), backend="triton")
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     x, y = normal(6, *shape), torch.randint(5, (6,), device=DEVICE)

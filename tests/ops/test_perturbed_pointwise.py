@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
+from fbkernels.ops._op import dense, maps
 
 STEP = torch.tensor(5)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -130,8 +131,8 @@ def test_every_instruction_set_and_thread_count(call: dict[str, Any], threads: i
     for simd in _C.simd_paths():
         for t in (1, threads):
             out = [torch.full_like(x, 7) for x in ops.perturbed_pointwise(**call)[:4]]
-            z, q = (None if x is None else ops._maps(ops._dense(x)) for x in (call["z"], call["q"]))
-            given = [ops._maps(x) if x.numel() else None for x in out]
+            z, q = (None if x is None else maps(dense(x)) for x in (call["z"], call["q"]))
+            given = [maps(x) if x.numel() else None for x in out]
             sizes = (*call["kernel_size"], *call["stride"], *call["padding"])
             names = ("step", "seed", "point", "std", "kind", "rows", "antithetic", "offset")
             key = [call[k] for k in names]
@@ -190,8 +191,8 @@ def test_unpool(case: tuple[Tensor, Tensor, list[int], tuple[list[int], list[int
     # a place can win in 16 windows at most: kernel 4, stride 1
     torch.testing.assert_close(ops.unpool(delta, winner, size, *window).double(), expected, rtol=0, atol=16 * 2 * 5 * EPS[torch.float32])
     for simd in _C.simd_paths():
-        out = ops._dense(torch.full((*delta.shape[:2], *size), 7.0))
-        _C.unpool(ops._maps(ops._dense(delta)), ops._maps(winner), ops._maps(out), (*window[0], *window[1], *window[2]), 2, simd)
+        out = dense(torch.full((*delta.shape[:2], *size), 7.0))
+        _C.unpool(maps(dense(delta)), maps(winner), maps(out), (*window[0], *window[1], *window[2]), 2, simd)
         torch.testing.assert_close(out, expected.float(), rtol=0, atol=16 * 2 * 5 * EPS[torch.float32])
 
 
@@ -218,7 +219,7 @@ def test_the_ops(pool: str, activation: str, backend: str) -> None:
     if pool == "max":
         h, _, _, winner, *_ = ops.perturbed_pointwise(*args)
         if backend == "triton":
-            with pytest.raises(RuntimeError, match="has no kernel for this alone"):
+            with pytest.raises(RuntimeError, match="has no kernel for unpool"):
                 ops.unpool(h, winner, [8, 7], *window, backend=backend)
         else:
             torch.library.opcheck(torch.ops.fbkernels.unpool.default, (h, winner, [8, 7], *window), {"backend": backend})

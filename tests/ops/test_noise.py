@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
+from fbkernels.ops import _op
 
 # Random123's kat_vectors for philox4x32 10: counter, key, words
 KNOWN = [
@@ -222,17 +223,17 @@ def test_backends_asked_for_by_name() -> None:
 
 def test_triton_on_a_cpu_is_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ops._native.cache_clear()
+    _op.forget()
     assert ops.backends()["triton"].startswith("available in Triton's interpreter")
     assert (ops.choose("triton", torch.device("cpu")), ops.choose("auto", torch.device("cpu"))) == ("triton", "cpp")
     monkeypatch.delenv("TRITON_INTERPRET")
-    ops._native.cache_clear()
+    _op.forget()
     with pytest.raises(RuntimeError, match=r"backend 'triton' (is installed, but torch sees no|cannot take tensors on cpu)"):
         ops.choose("triton", torch.device("cpu"))
-    monkeypatch.setattr(ops, "_TRITON", False)
+    monkeypatch.setattr(_op, "TRITON", False)
     assert ops.backends()["triton"] == "not installed: `pip install triton`"
     monkeypatch.undo()
-    ops._native.cache_clear()
+    _op.forget()
 
 
 GOOD = {"seed": 1, "step": 2, "point": 3, "samples": 4, "units": 5, "std": 0.1, "kind": "gaussian"}

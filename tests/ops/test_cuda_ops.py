@@ -23,7 +23,8 @@ from test_ridge_gain import agrees, batch, check_ill_conditioned
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import ops, tuning
+from fbkernels import ops
+from fbkernels.ops import _op, tuning
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -113,7 +114,7 @@ def test_ill_conditioned_statistics(m: int, decay: float) -> None:
     def gain(R: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         n, (out, scratch) = 32, (V.new_empty(m, m, device=DEVICE), V.new_empty(3 * 32 + 2 * m, m, device=DEVICE))
         single = [torch.empty(k, m, device=DEVICE) for k in (n, m, n)]
-        ops._C.ridge_gain(R.to(DEVICE), torch.ones(n, device=DEVICE), V.to(DEVICE), out, *single, scratch, 0.1, 1.0)
+        _op.C.ridge_gain(R.to(DEVICE), torch.ones(n, device=DEVICE), V.to(DEVICE), out, *single, scratch, 0.1, 1.0)
         Q = scratch[n : 2 * n].cpu()  # before it rounds to float32
         assert torch.equal(Q.float(), single[0].cpu())
         return out.cpu(), Q
@@ -236,6 +237,6 @@ def test_only_float32_by_name() -> None:
         ops.perturbed_linear(**given, backend="cuda")
     d, x = torch.zeros(2, 3, 4, 4, device=DEVICE), torch.zeros(2, 5, 10, 10, device=DEVICE)
     window = ([1, 1], [1, 1], [1, 1], [2, 2], [2, 2], [0, 0])
-    with pytest.raises(RuntimeError, match="backend 'cuda' has no kernel for this alone"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' has no kernel for pooled_weight_gradient"):
         ops.pooled_weight_gradient(d, d.byte(), x, torch.zeros(3, 5, 5, 5), *window, backend="cuda")
     assert fb.backends()["cuda"].startswith("available")
