@@ -10,15 +10,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from poison import guarded
-from test_feedback import check_feedback, check_update, feedbacks, updates
-from test_perturbed_layers import calls as layers
-from test_perturbed_layers import check as check_layer
 from test_perturbed_layers import example
-from test_pointwise import calls
-from test_pointwise import check as check_pointwise
 from test_ridge_gain import agrees, batch, check_ill_conditioned
 from torch import Tensor, nn
 
@@ -35,51 +27,6 @@ def _cuda() -> Iterator[None]:
     with emulated.backend(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)
         yield
-
-
-def at(value: Any) -> Any:
-    return guarded(value.to(DEVICE)) if isinstance(value, Tensor) else value
-
-
-def single(call: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in call.items()}
-
-
-@given(calls())
-@settings(max_examples=80, deadline=None)
-def test_both_streams(call: dict[str, Any]) -> None:
-    check_pointwise(single(call), "cuda")
-
-
-@given(layers("linear", "cuda"), st.integers(0, 1))
-@settings(max_examples=60, deadline=None)
-def test_linear(call: dict[str, Any], candidate: int) -> None:
-    check_layer(ops.perturbed_linear, call, "cuda", candidate)
-
-
-@given(layers("conv2d", "cuda"))
-@settings(max_examples=20, deadline=None)
-def test_conv2d(call: dict[str, Any]) -> None:
-    check_layer(ops.perturbed_conv2d, call, "cuda")
-
-
-@given(updates(units=300, rows=150))
-@settings(max_examples=60, deadline=None)
-def test_update_and_prediction(call: dict[str, Any]) -> None:
-    check_update({k: at(v) for k, v in call.items()}, "cuda")
-
-
-@given(feedbacks)
-@settings(max_examples=60, deadline=None)
-def test_feedback_and_unpooling(case: tuple[Any, ...]) -> None:
-    check_feedback("cuda", torch.float32, *case)
-
-
-@given(st.integers(1, 90), st.integers(1, 120), st.sampled_from([1.0, 0.99, 0.8]), st.integers(0, 20), st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
-def test_gains(n: int, m: int, forgetting: float, batches: int, seed: int) -> None:
-    R, w, V = (t.to(DEVICE) for t in batch(n, m, seed, batches))
-    agrees(ops.ridge_gain(R, w, V, 0.1, forgetting, backend="cuda"), R, w, V, forgetting)
 
 
 SIZES = [(64, 100), (64, 129), (70, 300), (2000, 50), (700, 130)]  # one block; blocks together; their sums in slices
