@@ -1,7 +1,7 @@
 """What bench/gpu.sh does: parts, each a process group with a limit of its own, so that none takes another with it.
 
 OUT gets results.json and table.txt (a line a part), log.txt (all that the parts said), and of ``fast`` gpu.json (as ``pytest bench
---benchmark-json`` writes it), cifar100.json (a row a training run) and tuning.json. All but the last are rewritten as parts end.
+--benchmark-json`` writes it), cifar100.json (a row a training run) and tuning.json.
 
 Where no GPU is nothing is installed and each part runs at its smallest size, those of one program in one process.
 """
@@ -37,6 +37,7 @@ KERNELS = {
     "triton": ("linear", "conv2d", "pointwise", "noise", "update", "feedback", "gain", "loss"),
     "cuda": ("noise", "linear", "pointwise", "update", "feedback", "gain"),
 }
+Words = tuple[str, ...]
 MODELS, METHODS = ("paper_cnn", "resnet18"), ("backprop", "joint", "weight-mirror", "dfa")
 
 
@@ -45,8 +46,8 @@ class Part(NamedTuple):
 
     name: str
     seconds: float
-    command: tuple[str, ...]
-    words: tuple[str, ...] = ()
+    command: Words
+    words: Words = ()
 
 
 class Stage(NamedTuple):
@@ -66,12 +67,12 @@ class Place(NamedTuple):
     gpu: bool
 
 
-def python(*words: str) -> tuple[str, ...]:
+def python(*words: str) -> Words:
     return (sys.executable, "-P", *words)
 
 
-def pytest(*words: str) -> tuple[str, ...]:
-    return python("-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=30", *words)
+def pytest(*words: str) -> Words:
+    return python("-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", *words)
 
 
 def install(at: Place) -> list[Part]:
@@ -81,7 +82,8 @@ def install(at: Place) -> list[Part]:
     how = ("--target", str(at.work / "site")) if at.gpu else ("--dry-run",)
     versions = "; ".join(
         (
-            "import platform, torch, triton, fbkernels",
+            "import platform, torch, triton, fbkernels; from importlib.metadata import version",
+            "print({name: version(name) for name in ('setuptools', 'pybind11', 'ninja', 'numpy')})",
             "print(platform.python_version(), torch.__version__, torch.version.cuda, triton.__version__)",
             "print(fbkernels.build_info())",
             "print(fbkernels.backends())",
@@ -97,7 +99,9 @@ def correct(at: Place) -> list[Stage]:
     thousand, cutting = f"{mlp}a_thousand_steps_are_those_of_the_cpp_engine", f"{mlp}cutting_a_run_changes_no_bit[sgd-V-cuts0]"
     launches = ("tests/test_gpu.py::test_a_layer_is_one_launch", "tests/test_gpu.py::test_noise_is_one_launch")
     few = (*(kernel.format("cuda", name) for name in ("linear", "update", "gain")), cutting)
-    blocking, memory, race = (), (), ()
+    blocking: Words = ()
+    memory: Words = ()
+    race: Words = ()
     if at.gpu:
         blocking = ("env", "CUDA_LAUNCH_BLOCKING=1")  # an error is that of the launch where it is raised
         sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
@@ -149,7 +153,7 @@ def fast(at: Place) -> list[Stage]:
     ]
 
 
-def train(at: Place) -> tuple[str, ...]:
+def train(at: Place) -> Words:
     size = () if at.gpu else ("--small",)
     name = "CIFAR-100" if images(at) == at.data else "CIFAR-100, JPEG 95 copy"
     return python("bench/gpu_train.py", *size, "--name", name, str(images(at)), str(at.work))
@@ -173,7 +177,7 @@ MODES = {"correct": correct, "fast": fast}
 
 def merged(parts: Iterable[Part]) -> Stage:
     """One process a command."""
-    commands: dict[tuple[str, ...], list[Part]] = {}
+    commands: dict[Words, list[Part]] = {}
     for part in parts:
         commands.setdefault(part.command, []).append(part)
     few: list[Part] = []
@@ -211,10 +215,10 @@ class Run:
         self.lock = threading.Lock()
         self.work = Path(tempfile.mkdtemp())
         self.gpu = False
-        self.note = ""
         self.env = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(self.work / "site"), os.environ.get("PYTHONPATH")))),
-            "PATH": os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")),
+            # ninja, nvcc and compute-sanitizer
+            "PATH": os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/cuda/bin")),
             "PYTHONUNBUFFERED": "1",
             "FBK_TUNING": str(self.work / "tuning.json"),
         }
@@ -242,7 +246,7 @@ class Run:
         limit = min(part.seconds, self.until - time.monotonic())
         if limit < min(LEAST, part.seconds):
             return
-        log, start = self.work / f"{len(list(self.work.iterdir()))}-{re.sub(r'[^A-Za-z0-9]+', '-', part.name)}.log", time.monotonic()
+        log, start = self.work / f"{re.sub(r'[^A-Za-z0-9]+', '-', part.name)}.log", time.monotonic()
         ended: int | str  # its exit status, or what it said last before it was killed
         try:
             ended = self.wait(part, limit, log)
@@ -286,18 +290,25 @@ class Run:
 
     def gather(self) -> None:
         """Benchmarks into gpu.json, training runs into cifar100.json."""
-        found = [json.loads(path.read_text()) for path in sorted(self.work.glob("*.benchmark")) if path.stat().st_size]
-        if found:
+        if found := read(self.work.glob("*.benchmark")):
             whole = found[0] | {"benchmarks": [b for file in found for b in file["benchmarks"]]}
             (self.out / "gpu.json").write_text(json.dumps(whole, indent=1) + "\n")
-        runs = [json.loads(path.read_text()) for path in sorted(self.work.glob("*.run"))]
-        if runs:
+        if runs := read(self.work.glob("*.run")):
             (self.out / "cifar100.json").write_text(json.dumps(runs, indent=1) + "\n")
 
     def write(self) -> None:
         seconds = round(time.monotonic() - self.begun, 1)
         whole = {"mode": self.mode, "gpu": self.gpu, "seconds": seconds, "parts": self.rows}
         (self.out / "results.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def read(files: Iterable[Path]) -> list[Any]:
+    """What was written whole."""
+    found = []
+    for file in sorted(files):
+        with suppress(ValueError):
+            found.append(json.loads(file.read_text()))
+    return found
 
 
 def said(log: str) -> str:
@@ -346,33 +357,37 @@ def run(mode: str, out: Path, data: Path | None) -> int:
 
 
 def travels() -> dict[Path, int]:
-    """The files that go to that machine, and their bytes."""
+    """The files that go to that machine with every call, and their bytes."""
     listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True).stdout
     paths = {ROOT / os.fsdecode(name) for name in listed.split(b"\0") if name}
-    paths |= {path for folder in (CARRY, ROOT / "shared") for path in folder.rglob("*")}
+    return sizes(paths | set((ROOT / "shared").rglob("*")))
+
+
+def sizes(paths: Iterable[Path]) -> dict[Path, int]:
     return {path: path.lstat().st_size for path in paths if path.is_file() or path.is_symlink()}
 
 
 def carry() -> int:
-    """The wheels that build fbkernels there, and CIFAR-100 as JPEGs."""
+    """The wheels that build fbkernels there, which go with the first call, and CIFAR-100 as JPEGs, which leaves no room for them."""
     requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    shutil.rmtree(CARRY / "wheels", ignore_errors=True)
+    lossy, data, wheels = ROOT.parent / "shared" / "data" / "lossy.py", CARRY / "data", CARRY / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--only-binary=:all:")
-    subprocess.run([*pip, "-d", str(CARRY / "wheels"), *requires], check=True)
-    lossy, data = ROOT.parent / "shared" / "data" / "lossy.py", CARRY / "data"
+    subprocess.run([*pip, "-d", str(wheels), *requires], check=True)
     data.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(lossy, data / "lossy.py")
     if not (data / "cifar100.npz").exists():  # two minutes
         subprocess.run([sys.executable, str(lossy), "pack", str(data / "part.npz")], check=True)
         (data / "part.npz").rename(data / "cifar100.npz")
-    sizes = travels()
-    total = sum(sizes.values())
-    print(f"{total / 2**20:.1f} MiB would travel, {len(sizes)} files")
-    if total > MOST:
-        largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
-        names = ", ".join(f"{path.relative_to(ROOT)} {sizes[path] / 2**20:.1f}" for path in largest)
-        print(f"refused: more than {MOST / 2**20:.0f} MiB; the largest: {names}", file=sys.stderr)
-        return 1
+    for mode, folder in (("correct", wheels), ("fast", data)):
+        files = travels() | sizes(folder.rglob("*"))
+        total = sum(files.values())
+        print(f"{mode}: {total / 2**20:.1f} MiB would travel with carry=[{str(folder.relative_to(ROOT))!r}]")
+        if total > MOST:
+            largest = sorted(files, key=lambda path: -files[path])[:5]
+            names = ", ".join(f"{path.relative_to(ROOT)} {files[path] / 2**20:.1f}" for path in largest)
+            print(f"refused: more than {MOST / 2**20:.0f} MiB; the largest: {names}", file=sys.stderr)
+            return 1
     return 0
 
 
