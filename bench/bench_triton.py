@@ -182,7 +182,7 @@ def layers(name: str, batch: int, device: str, dtype: torch.dtype, std: float = 
         from fbkernels import kernels
 
         for learns in (False, True):
-            for c in kernels.configurations(dtype, True):
+            for c in kernels.configurations(dtype, 2):
                 tile = "x".join(str(c[k]) for k in ("BM", "BN", "BK")) + ", and B" * learns
                 builders[f"ours, one launch {tile}"] = functools.partial(one_launch, layer, x, dx, std, learns, c)
     return {

@@ -282,18 +282,21 @@ def perturbed_conv2d_kernel(
     # fmt: on
 
 
-def configurations(dtype: torch.dtype, differs: bool) -> list[dict[str, int]]:
+def configurations(dtype: torch.dtype, parts: int) -> list[dict[str, int]]:
     """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/ops/test_aot.py), the default first.
 
-    differs: whether dx is given, so that a program has two or three tiles of BM rows.
+    parts: tiles of BM rows that a program has, 1 without dx, 2 with it, 3 with both signs.
     """
-    BM, hopper = 64 if differs else 128, tuning.capability() >= 90
+    hopper = tuning.capability() >= 90
     if dtype != torch.float32:
-        # 128 x 128 spills: its noise and phi beside its sums; on compute capability 8 so does 64 x 64 of three tiles
-        first = (32, 128) if differs and not hopper else (BM, 64)
-        tiles = [(*first, 64 if hopper else 32, 8, 4), (64, 128, 64 if hopper else 32, 8, 4)]
+        # 128 x 128 numbers spill: their noise and phi beside their sums; wgmma wants 64 rows
+        sizes = {1: [(128, 64), (64, 128)], 2: [(64, 64), (64, 128)], 3: [(64, 64), (64, 32)] if hopper else [(32, 128), (64, 32)]}
+        tiles = [(*size, 64 if hopper else 32, 8, 4) for size in sizes[parts]]
+    elif precision() == "tf32":
+        sizes = {1: [(128, 64), (64, 64)], 2: [(64, 64), (64, 32)], 3: [(64, 64), (64, 32)] if hopper else [(64, 32), (32, 64)]}
+        tiles = [(*size, 32, 8, 4) for size in sizes[parts]]
     else:
-        tiles = [(BM, 64, 32, 8, 4), (64, BM // 2, 32, 8, 4)] if precision() == "tf32" else [(64, 64, 16, 8, 3)]
+        tiles = [(64, 64, 16, 8, 3)]
     names = ("BM", "BN", "BK", "num_warps", "num_stages")
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 

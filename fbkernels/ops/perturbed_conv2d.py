@@ -189,7 +189,7 @@ def fused(name: str, a: Call, library: Callable[[Call], tuple[Tensor, ...]]) -> 
         kernels().perturbed_conv2d(*tensors, *a.layer, a.activation, *a.key, a.antithetic, *given(*out[:3]), update, configuration)
         return *out, update.new, update.parts
 
-    candidates = [*kernels().configurations(a.x.dtype, a.dx is not None), "library"]
+    candidates = [*kernels().configurations(a.x.dtype, 1 if a.dx is None else 2 + a.antithetic), "library"]
     sizes = (*a.layer.stride, *a.layer.padding, *a.layer.dilation, a.layer.groups)
     shapes = (*a.x.shape, *a.weight.shape, *sizes, 0 if a.dx is None else len(a.dx), *update.shape)
     return run(tuning.fastest(name, (str(a.x.dtype), a.activation, a.key.kind, kernels().precision(), *shapes), candidates, run))

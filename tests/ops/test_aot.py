@@ -85,7 +85,7 @@ def layer(
     key = (STEP, 1, 2, some, 0.1, kind, 0, antithetic)
     with allowing_tf32(tf32):
         plan = update(form, m, math.prod(shape), some, kind, dtype)
-        for configuration in kernels.configurations(dtype, not first):
+        for configuration in kernels.configurations(dtype, 1 if first else 2 + antithetic):
             kernels.perturbed_conv2d(x, dx, weight, new(outputs), *window, activation, *key, h, d, kept, plan, configuration)
 
 

@@ -146,6 +146,10 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> None:
         assert bool(worst <= 1), worst
 
 
+def configurations(call: dict[str, Any]) -> list[dict[str, int]]:
+    return kernels.configurations(call["x"].dtype, 1 if call["dx"] is None else 2 + call["antithetic"])
+
+
 def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate: int = 0) -> None:
     choice = lambda *given: given[2][candidate]  # noqa: E731
     with poisoned(), mock.patch.object(tuning, "fastest", choice):
@@ -153,7 +157,7 @@ def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate:
     *rest, new, parts = rest
     want_h, want_d, want_kept, *_, want_new, want_parts = op(**double(call), backend="reference")
     dtype = call["x"].dtype
-    library = backend == "cpp" or candidate >= len(kernels.configurations(dtype, call["dx"] is not None))
+    library = backend == "cpp" or candidate >= len(configurations(call))
     error, of_d = bounds_of(call, dtype if library else torch.float32)
     for got, want, bound in ((h, want_h, error), (d, want_d, of_d), (kept, want_kept, error)):
         close(got, want, dtype, bound)
@@ -170,7 +174,7 @@ def case(name: str) -> Any:
     """With a choice among what could run, of which a backend may have fewer."""
 
     def checked(call: tuple[dict[str, Any], int], backend: str) -> None:
-        some = {"triton": len(kernels.configurations(call[0]["x"].dtype, call[0]["dx"] is not None)), "cuda": int(name == "linear")}.get(backend, 0)
+        some = {"triton": len(configurations(call[0])), "cuda": int(name == "linear")}.get(backend, 0)
         check(OPS[name], call[0], backend, min(call[1], some))
 
     return lambda backend: st.tuples(calls(name, backend), st.integers(0, 2)), checked
