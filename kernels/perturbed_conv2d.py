@@ -296,7 +296,7 @@ def configurations(dtype: torch.dtype, parts: int) -> list[dict[str, int]]:
         sizes = {1: [(128, 64), (64, 64)], 2: [(64, 64), (64, 32)], 3: [(64, 64), (64, 32)] if hopper else [(64, 32), (32, 64)]}
         tiles = [(*size, 32, 8, 4) for size in sizes[parts]]
     else:
-        tiles = [(64, 64, 16, 8, 3)]
+        tiles = [(64, 64 if parts < 3 else 32, 16, 8, 3)]
     names = ("BM", "BN", "BK", "num_warps", "num_stages")
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
