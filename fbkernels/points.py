@@ -229,10 +229,10 @@ class FeedbackPoint(Stateful):
             named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
         )
         rows = net.perturbed_rows if net.perturbing and net.running else 0
-        q = source.perturbed if rows else None
+        dx = source.perturbed - net.rows(source.clean.detach()) if rows and source.perturbed is not None else None
         if layer is not None and deferred.autocast is not None:
             low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
-            x, weight, bias, q = x.to(deferred.autocast), low(weight), low(bias), low(q)
+            x, weight, bias, dx = x.to(deferred.autocast), low(weight), low(bias), low(dx)
         gain = offset = None
         if norm is not None:
             assert layer is not None and weight is not None
@@ -250,7 +250,9 @@ class FeedbackPoint(Stateful):
         behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
         options = {"antithetic": net.antithetic, "offset": net.first, "backend": chosen, **(self.riding(predicts) if net.running else {})}
         with outside(deferred.hooks):
-            h, p, kept, winner, new, prediction = Block.apply(x, weight, bias, q, gain, offset, norm, layer, epilogue, key, options, behind)
+            h, d, kept, winner, new, prediction = Block.apply(
+                x, weight, bias, dx, gain, offset, norm, layer, epilogue, key, options, behind
+            )
         if not net.running:
             return h, None
         net.visit(self, h)
@@ -265,7 +267,7 @@ class FeedbackPoint(Stateful):
         kept = kept if kept.numel() else h.detach()
         behind.version = 0 if torch.compiler.is_compiling() else kept._version
         net.blocks[self.name] = (behind, kept, winner if unpools else None)
-        return h, p if rows else None
+        return h, net.rows(h.detach()) + d if rows else None
 
     def riding(self, predicts: bool) -> dict[str, Any]:
         """B's pending update and the joint rules' prediction, as arguments of the launch that runs the layer (SPEC 5)."""
