@@ -81,7 +81,8 @@ def backend() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(_op.forget)
         if not torch.cuda.is_available():
-            stack.enter_context(mock.patch.object(_op, "C", compiled()))
+            for name, value in (("C", compiled()), ("BUILD", compiled().build_info())):
+                stack.enter_context(mock.patch.object(_op, name, value))
         _op.forget()
         yield
 
