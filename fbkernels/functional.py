@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -330,6 +331,93 @@ def feedback_update(
     key = (ops.int64(seed), point, 0, std, kind)
     new: Tensor = ops.feedback_update(B, *given, _step(step), None, *key, backend=backend)[0]
     return new
+
+
+class Mirror(NamedTuple):
+    """What :func:`mirror` returns.
+
+    Fields:
+        B: the new B, in the shape and memory format of the old.
+        residual: 0-dim float32, ``|Z - Xi B|^2 / (S |W|^2)`` of the old B; in expectation ``|W - B|^2 / |W|^2``.
+    """
+
+    B: Tensor
+    residual: Tensor
+
+
+class MirrorAll(NamedTuple):
+    """What :func:`mirror_all` returns: the new B of each layer, and their residuals, float32 [layers]."""
+
+    B: list[Tensor]
+    residual: Tensor
+
+
+def mirror(
+    B: Tensor,
+    W: Tensor,
+    *,
+    seed: int,
+    step: int | Tensor,
+    point: int,
+    samples: int = 512,
+    kind: str = "gaussian",
+    draws: int = 1,
+    offset: int = 0,
+    backend: str = "auto",
+) -> Mirror:
+    """A step of the local mirror (SPEC 4): B learns W from the layer's responses ``Z = Xi W^T`` to noise of its own fan-in,
+    ``B <- B + (Z - Xi B^T)^T Xi / (S + n + 1)``, with Rademacher noise ``/ (S + n - 1)``.
+
+    This is the block LMS step of fastest decay: by it E|W - B|^2 falls by the factor ``1 - S / (S + n + 1)``, or ``1 - S / (S + n - 1)``.
+    Xi has variance 1; its size cancels. B is in the layout of the layer's weight, [outputs, inputs / groups, *kernel], and converges to
+    W itself. Unit u of the noise is number u of a row of the weight, in the weight's logical order whatever its memory format
+    (of a convolution ``u = (c * KH + y) * KW + x``), n = inputs / groups * kernel size. Each output learns its own row from it, so that
+    all groups of a convolution see the same S x n numbers and are one product.
+
+    Args:
+        B, W: [outputs, ...], float32; any float type with backend "reference" or "auto", float64 in float64, the others in float32.
+        seed, step, point, kind: of the noise, as in :func:`noise`.
+        samples: S, >= 1.
+        draws: so many steps one after the other, each with S samples of its own.
+        offset: the first sample; a call continues one with ``draws`` steps at ``offset + draws * samples``.
+
+    Returns:
+        :class:`Mirror`; of several draws the residual is that of the last one's old B. The old B stays.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
+    """
+    options = {"seed": seed, "step": step, "samples": samples, "kind": kind, "draws": draws, "offset": offset, "backend": backend}
+    (new,), residual = mirror_all([B], [W], points=[point], **options)  # type: ignore[arg-type]
+    return Mirror(new, residual[0])
+
+
+def mirror_all(
+    B: Sequence[Tensor],
+    W: Sequence[Tensor],
+    *,
+    seed: int,
+    step: int | Tensor,
+    points: Sequence[int],
+    samples: int = 512,
+    kind: str = "gaussian",
+    draws: int = 1,
+    offset: int = 0,
+    backend: str = "auto",
+) -> MirrorAll:
+    """:func:`mirror` for all layers of a step in one call.
+
+    Layers with the same point and the same fan-in n see the same noise, which is then made once for them; layers with points of their own
+    see noise of their own. Both are the same estimator for each layer.
+
+    Args:
+        B, W, points: of each layer.
+        The others: as in :func:`mirror`.
+    """
+    integer("seed", seed, 0, 2**64 - 1)
+    step = _step(step)
+    step = step if not B else step.to(B[0].device)
+    return MirrorAll(*ops.mirror(B, W, step, ops.int64(seed), points, samples, kind, draws=draws, offset=offset, backend=backend))
 
 
 class RidgeGain(NamedTuple):

@@ -961,3 +961,58 @@ perturbed_cross_entropy = Op(
     _perturbed_cross_entropy,
     _perturbed_cross_entropy_fake,
 )
+
+
+def _mirror(
+    B: Sequence[Tensor],
+    W: Sequence[Tensor],
+    step: Tensor,
+    seed: int,
+    points: Sequence[int],
+    samples: int,
+    kind: str,
+    *,
+    draws: int = 1,
+    offset: int = 0,
+    backend: str = "auto",
+) -> tuple[list[Tensor], Tensor]:
+    check_mirror(B, W, step, points, samples, kind, draws, offset)
+    new = list(B)
+    residual = step.new_empty(len(new), dtype=torch.float32)
+    for draw in range(draws):
+        made: dict[tuple[int, int], Tensor] = {}  # layers with one point and one fan-in share their noise
+        for i, (b, w, point) in enumerate(zip(new, W, points, strict=True)):
+            units, exact = b[:1].numel(), torch.promote_types(b.dtype, torch.float32)
+            if (point, units) not in made:
+                first = offset + draw * samples
+                made[point, units] = _noise(step, seed, point, samples, units, 1, kind, offset=first, dtype=exact, backend=backend)
+            learned, residual[i] = reference.mirror(b.to(exact), w.to(exact), made[point, units].to(exact), kind)
+            new[i] = torch.empty_like(b).copy_(learned)
+    return new, residual
+
+
+def check_mirror(
+    B: Sequence[Tensor], W: Sequence[Tensor], step: Tensor, points: Sequence[int], samples: int, kind: str, draws: int, offset: int
+) -> None:
+    if not len(B) == len(W) == len(points):
+        raise ValueError(f"B, W and points must be of one length, got {len(B)}, {len(W)} and {len(points)}")
+    integer("samples", samples, 1)
+    integer("draws", draws, 1)
+    for b, w, point in zip(B, W, points, strict=True):
+        if b.ndim < 2:
+            raise ValueError(f"B must be [outputs, inputs, ...], got shape {tuple(b.shape)}")
+        check_noise(step, point, samples * draws, b[:1].numel(), 1, kind, offset)
+        _expect("B", b, step, *b.shape)
+        _expect("W", w, b, *b.shape)
+
+
+def _mirror_fake(B: Sequence[Tensor], step: Tensor, **_: Any) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(b) for b in B], step.new_empty(len(B), dtype=torch.float32)
+
+
+mirror = Op(
+    "mirror(Tensor[] B, Tensor[] W, Tensor step, int seed, int[] points, SymInt samples, str kind, *, int draws=1, SymInt offset=0, "
+    'str backend="auto") -> (Tensor[], Tensor)',
+    _mirror,
+    _mirror_fake,
+)

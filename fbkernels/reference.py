@@ -207,6 +207,26 @@ def feedback_update(B: Tensor, xi: Tensor, M: Tensor | tuple[Tensor, Tensor] | N
     return new if M is None else new - B @ M.to(B.dtype)
 
 
+def mirror_rate(samples: int, units: int, kind: str) -> float:
+    """The step of :func:`mirror` with the fastest decay of E|W - B|^2: by the factor ``1 - samples * rate``.
+
+    With A = Xi^T Xi, E|D (I - c A)|^2 = |D|^2 (1 - 2 c S + c^2 S (S + n + k - 2)) for noise of fourth moment k, 3 or 1: least where
+    c = 1 / (S + n + k - 2).
+    """
+    return 1 / max(samples + units + (1 if kind == "gaussian" else -1), 1)
+
+
+def mirror(B: Tensor, W: Tensor, xi: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """One step of the local mirror, B + rate (W - B) Xi^T Xi (SPEC 4), and how far the old B was from W.
+
+    B, W [outputs, ...] with n numbers a row; Xi [S, n] of variance 1. The second result is |Z - Xi B|^2 / (S |W|^2), Z the response
+    Xi W^T: in expectation |W - B|^2 / |W|^2.
+    """
+    unexplained = xi @ (W - B).flatten(1).T
+    new = B + mirror_rate(len(xi), xi.shape[1], kind) * (unexplained.T @ xi).view(B.shape)
+    return new, unexplained.square().sum() / (len(xi) * W.square().sum()).clamp_min(torch.finfo(W.dtype).tiny)
+
+
 def conv_size(size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """The height and width behind a convolution."""
     spatial = zip(size, weight.shape[2:], stride, padding, dilation, strict=True)
