@@ -1,12 +1,11 @@
 """Train networks by learned feedback weights instead of backprop's weight transport (Lansdell, Prakash & Kording, ICLR 2020)."""
 
 from fbkernels import functional, metrics
-from fbkernels.convert import convert, flush, points, revert, summary
+from fbkernels.convert import convert, flush, points, revert
 from fbkernels.fused_mlp import FusedMLP
 from fbkernels.loss import PerturbedLoss
 from fbkernels.nn import Conv2d, Linear
 from fbkernels.ops import backends, build_info
-from fbkernels.points import FeedbackPoint
 from fbkernels.rules import (
     LMS,
     Fixed,
@@ -22,6 +21,8 @@ from fbkernels.rules import (
     WeightMirror,
     WeightTransport,
 )
+from fbkernels.summary import summary
+from fbkernels.training.point import FeedbackPoint
 
 __version__ = "0.1.0"
 
