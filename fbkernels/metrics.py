@@ -95,6 +95,7 @@ def _copy(net: nn.Module) -> Iterator[nn.Module]:
     devices = [network.step.device] if network.step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(network.step.device.type, enabled=False):
         probe = copy.deepcopy(root).double()
+        network_of(probe).adopt(network)
         for p in probe.parameters():
             p.requires_grad_(True)
         yield probe.train()

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import GROUP, LAYERS, REARRANGEMENTS, in_place, kind_of, name_of
+from fbkernels.stream.kinds import DROPOUTS, GROUP, REARRANGEMENTS, in_place, kind_of, name_of
 
 
 @dataclass(eq=False)
@@ -95,7 +95,8 @@ class Recorder(TorchFunctionMode):
 
     def point(self, name: str, h: Tensor) -> Tensor:
         """A point that the model names itself."""
-        out = h.view_as(h)
+        with torch._C.DisableTorchFunction():
+            out = h.view_as(h)
         known = self.known(h)
         if known is not None:
             self.calls.append(Call(None, [known], [self.value(out)], point=name))
@@ -287,7 +288,7 @@ def _reads(
                 placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
             continue
         v = c.ins[0]
-        while v not in ends and v in graph.made and name_of(graph.made[v].func) in REARRANGEMENTS:
+        while v not in ends and v in graph.made and name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS:
             v = graph.made[v].ins[0]
         source = ends[v][1].point if v in ends else ""
         if not source and not everywhere:
@@ -298,6 +299,12 @@ def _reads(
             source = f"{c.layer[0]}.input"
         claimed.append(source)
         placement.reads[c.layer] = source
+    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in claimed]
+    if unread:
+        raise ValueError(
+            f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include and "
+            "exclude, which gives each layer a B of its own"
+        )
     placement.points = tuple(claimed)
     return placement
 
@@ -306,9 +313,13 @@ _PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collection
 
 
 @contextlib.contextmanager
-def untouched(net: nn.Module) -> Iterator[None]:
-    """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were."""
+def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
+    """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
+    keep what they see, only ``ours`` run."""
     modules = [m for m in net.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
+    for m, every in hooks:
+        m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))
     own = [{k: _copied(v) for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_")} for m in modules]
     buffers = [dict(m._buffers) for m in modules]
     values = [(t, t.detach().clone()) for b in buffers for t in b.values() if t is not None and not t.is_meta]
@@ -319,6 +330,8 @@ def untouched(net: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for m, every in hooks:
+                m._forward_hooks = every
             random.setstate(drawn[0])
             if numpy:
                 numpy.random.set_state(drawn[1])
@@ -330,8 +343,7 @@ def untouched(net: nn.Module) -> Iterator[None]:
                 m.__dict__.update(known)
             with torch.no_grad():
                 for t, value in values:
-                    if not torch.equal(t, value):
-                        t.copy_(value)
+                    t.copy_(value)
 
 
 def _copied(v: Any) -> Any:

@@ -71,6 +71,7 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         network.flush()
         with _Peak() as memory:
             root = copy.deepcopy(root).to("meta").train()
+            network_of(root).adopt(network)
             z = root(x.to("meta"))
             PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), root)(z, z.detach()).sum().backward()
             network_of(root).flush()

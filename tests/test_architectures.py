@@ -106,8 +106,8 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     probe = copy.deepcopy(net)
     probe.feedback.probe = "exact"
     run(probe, x)
-    activities = dict(probe.feedback.activities)
-    losses = F.cross_entropy(probe.feedback.logits, Y, reduction="none")
+    activities = dict(probe.feedback.current.activities)
+    losses = F.cross_entropy(probe.feedback.current.outputs[0], Y, reduction="none")
     gradients = torch.autograd.grad(losses.sum(), list(activities.values()))
     points = fb.points(probe)
     effect = torch.zeros(4, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     measured: list[Tensor] = []
     criterion = fb.PerturbedLoss(lambda out, y: measured.append(F.cross_entropy(out, y, reduction="none")) or measured[-1], net)
     run(net, x)
-    out = net.feedback.logits
+    out = net.feedback.current.outputs[0]
     loss = criterion(out, Y).mean()
     # the second order is sigma times curvatures of order 1 to 100, and kinks of relu within sigma
     torch.testing.assert_close((measured[1] - measured[0]).detach(), effect, rtol=0, atol=1e-3 * float(effect.abs().max()))

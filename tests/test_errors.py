@@ -63,7 +63,7 @@ CONVERT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rule": "ridge"}, TypeError, r"rule must be an fbkernels rule such as Ridge\(\), got 'ridge'"),
     ({"rule": fb.Ridge}, TypeError, r"rule must be an fbkernels rule such as Ridge\(\), got <class"),
     ({"rule": fb.WeightTransport()}, ValueError, r"feedback must be 'layerwise' with WeightTransport\(\), got 'direct'"),
-    ({"rule": fb.WeightMirror()}, ValueError, r"feedback must be 'layerwise' with WeightMirror\(lr=0.1\), got 'direct'"),
+    ({"rule": fb.WeightMirror()}, ValueError, r"feedback must be 'layerwise' with WeightMirror\(samples=512\), got 'direct'"),
     ({"rule": fb.KolenPollack()}, ValueError, r"feedback must be 'layerwise' with KolenPollack\(decay=0.0\), got 'direct'"),
     (
         {"rule": fb.Joint(signal="output"), "feedback": "layerwise"},
@@ -176,7 +176,7 @@ RULES: list[tuple[Callable[[], Any], Any, str]] = [
     (lambda: fb.Joint(0), ValueError, r"lr must be in \(0, 1\], got 0"),
     (lambda: fb.Joint(1.5), ValueError, r"lr must be in \(0, 1\], got 1.5"),
     (lambda: fb.Joint(signal="noise"), ValueError, "signal must be one of 'loss', 'output', got 'noise'"),
-    (lambda: fb.WeightMirror(0), ValueError, r"lr must be in \(0, 1\], got 0"),
+    (lambda: fb.WeightMirror(0), ValueError, r"samples must be an integer in \[1, \d+\], got 0"),
     (lambda: fb.KolenPollack(1), ValueError, r"decay must be in \[0, 1\), got 1"),
     (lambda: fb.KolenPollack(-0.1), ValueError, r"decay must be in \[0, 1\), got -0.1"),
     (lambda: fb.SyntheticGradient(0), ValueError, "lr must be a finite number > 0, got 0"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import fbkernels as fb
-from fbkernels.processes import Part
+from fbkernels.training.processes import Part
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -640,7 +640,7 @@ RULES: list[fb.Rule] = [
     fb.NormalizedLMS(0.5),
     fb.Joint(0.2),
     fb.Joint(0.2, "output"),
-    fb.WeightMirror(0.2),
+    fb.WeightMirror(),
     fb.Fixed(),
     fb.KolenPollack(),
     fb.SyntheticGradient(1e-3),

@@ -350,14 +350,14 @@ def test_dropout_does_not_rescale_the_feedback(structure: str) -> None:
 @pytest.mark.parametrize(("between", "options"), CONVOLUTIONS, ids=str)
 def test_weight_mirror_finds_a_convolution(between: tuple[nn.Module, ...], options: dict[str, Any]) -> None:
     model = conv_net(*between, **options)
-    net = fb.convert(model, feedback="layerwise", rule=fb.WeightMirror(lr=0.1), noise_std=SIGMA, include="0")
+    net = fb.convert(model, feedback="layerwise", rule=fb.WeightMirror(), noise_std=SIGMA, include="0")
     learn(net, half_sse, 200, lambda: batch(16, (2, 5, 5), 40, half_sse))
     assert angle(fb.points(net)["0"].B, model[2].weight.detach()) < 3
 
 
 def test_weight_mirror_needs_no_linear_net() -> None:
     model = mlp(20, 30, 20, 10, activation=nn.Tanh)
-    net = fb.convert(model, feedback="layerwise", rule=fb.WeightMirror(lr=0.1), noise_std=SIGMA)
+    net = fb.convert(model, feedback="layerwise", rule=fb.WeightMirror(), noise_std=SIGMA)
     learn(net, cross_entropy, 300, lambda: batch(64, 20, 10, cross_entropy))
     for name, above in (("0", 2), ("2", 4)):
         assert angle(fb.points(net)[name].B, model[above].weight.detach().T) < 3
@@ -378,7 +378,7 @@ class Residual(nn.Module):
 
 # ridge's error falls with the square root of the samples; a target that sees the skip connections would be wrong by its own size
 @pytest.mark.parametrize(
-    ("rule", "steps", "limit"), [(fb.Ridge(), 150, 0.25), (fb.Joint(0.3), 300, 0.2), (fb.WeightMirror(0.1), 100, 0.05)]
+    ("rule", "steps", "limit"), [(fb.Ridge(), 150, 0.25), (fb.Joint(0.3), 300, 0.2), (fb.WeightMirror(), 100, 0.05)]
 )
 def test_layerwise_feedback_beside_skip_connections_converges_to_each_weight(rule: fb.Rule, steps: int, limit: float) -> None:
     net = fb.convert(Residual().double(), feedback="layerwise", rule=rule, noise_std=SIGMA)

@@ -74,7 +74,7 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
         return None
     if low:
         with torch.no_grad(), _exact(x):
-            h = mode.site.rows(x.detach()).float()
+            h = mode.site.rows(x.detach(), mode.d(x)).float()
             given = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args[1:]]
             d = func(h + mode.d(x), *given, **kwargs) - func(h, *given, **kwargs)
         out = func(*args, **kwargs)
@@ -85,7 +85,7 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
     if not isinstance(out, Tensor):
         return None if not written else (out, None)
     with torch.no_grad():
-        return out, p.sub_(mode.site.rows(out.detach()))
+        return out, p.sub_(mode.site.rows(out.detach(), p))
 
 
 def add(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
@@ -177,7 +177,7 @@ def dropout(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -
         return None
     rest = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
     with torch.no_grad():
-        mask = func(torch.ones_like(x), *args[1:3], **{k: v for k, v in rest.items() if k != "input"})
+        mask = func(torch.ones_like(mode.plain(x)), *args[1:3], **{k: v for k, v in rest.items() if k != "input"})
         d = mode.d(x) * mode.site.rows(mask)
     return (x.mul_(mask) if written else x * mask), d
 
@@ -219,6 +219,10 @@ def synchronised_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alon
         return out, (d * gain.detach().view(-1, *[1] * (out.ndim - 2))).to(out.dtype)  # type: ignore[operator]
 
 
+# a tensor made for each sample of the clean batch may stand beside an activity: an expanded class token
+_ALIGNED = {"add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "cat", "concat", "where", "maximum", "minimum", "lerp"}
+
+
 def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, Any]:
     """f(h + d) - f(h) of any function, its random numbers drawn twice alike; what lives longer than the step is written once, clean."""
     name = name_of(func)
@@ -227,13 +231,17 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     own = isinstance(target, Tensor) and mode.belongs(target)
     if own:
         return func(*args, **kwargs), None
+    aligned = samples = 0
+    if mode.site.partial() and name.strip("_") in _ALIGNED:
+        aligned, samples = max((t.ndim, mode.site.samples) for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and mode.mark(t))
     low = any(isinstance(t, Tensor) and t.dtype in (torch.bfloat16, torch.float16) for t in _leaves((args, kwargs)))
 
     def other(t: Any, moved: bool) -> Any:
         if not isinstance(t, Tensor):
             return t
         marked = mode.mark(t) is not None
-        p = mode.moved(t) if marked and moved else mode.site.rows(t.detach()) if marked else t.detach()
+        beside = not marked and aligned and 1 < t.ndim == aligned and 1 < len(t) == samples  # made for each sample of the batch
+        p = mode.moved(t) if marked and moved else mode.site.rows(t.detach(), mode.d(t)) if marked or beside else t.detach()
         if p.data_ptr() == t.data_ptr() if not torch.compiler.is_compiling() else p is t:
             kept = t is target or id(t) in mode.buffers
             p = p.clone() if kept else p
@@ -266,7 +274,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
 
 def _difference(mode: Streams, p: Any, h: Any, out: Any, low: bool) -> Any:
     if isinstance(out, Tensor):
-        h = h if low else mode.site.rows(h.detach()) if mode.site.partial() and len(p) != len(h) else h.detach()
+        h = h if low else mode.site.rows(h.detach(), p)
         if out.dtype == torch.bool:
             return p.to(torch.int8) - h.to(torch.int8)
         return (p - h).to(out.dtype)

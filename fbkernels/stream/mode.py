@@ -28,15 +28,20 @@ _TOKENS = itertools.count(1)
 class Site(Protocol):
     """What a step does where a layer or a point is."""
 
+    samples: int  # of the batch
     constant: bool  # parameters are constants: warm-up
     random: frozenset[Any]  # functions that draw random numbers
+    rows_first: bool  # the plain model's maps are not channels-last as those of blocks are
     fuses: tuple[torch.dtype, ...]  # dtypes of the layers whose chains run in one launch
 
-    def rows(self, h: Tensor) -> Tensor:
-        """Of a clean activity the rows that have a difference, in its order."""
+    def rows(self, h: Tensor, d: Tensor | None = None) -> Tensor:
+        """Of a clean activity the rows that have a difference, in its order; ``d`` has their shape."""
 
     def partial(self) -> bool:
         """Whether these are not all."""
+
+    def written(self, h: Tensor) -> None:
+        """What follows a point is about to write into its activity."""
 
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
         """What is known of the layer that runs; None where it has no point and no feedback weights."""
@@ -83,10 +88,16 @@ class Streams(TorchFunctionMode):
 
     def moved(self, t: Tensor) -> Tensor:
         """The perturbed activity h + d, for functions that are not linear."""
-        d, h = self.d(t), self.site.rows(t.detach())
+        d = self.d(t)
+        h = self.site.rows(t.detach(), d)
         if d is None:
             return h
         return (h + d).to(torch.bool) if t.dtype == torch.bool else h + d
+
+    def plain(self, t: Tensor) -> Tensor:
+        """An activity in the plain model's memory format, in whose order random numbers are drawn: a block's maps are channels-last."""
+        last = self.site.rows_first and t.ndim == 4 and self.mark(t) is not None and not t.is_contiguous()
+        return t.contiguous() if last and t.is_contiguous(memory_format=torch.channels_last) else t
 
     def belongs(self, t: Tensor) -> bool:
         """Whether a tensor lives longer than a step: a buffer or parameter, which has clean values and no difference."""
@@ -103,7 +114,7 @@ class Streams(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         if kind == "made":
-            return func(*args, **kwargs)
+            return func(*_map(args, self.plain), **kwargs) if self.site.rows_first else func(*args, **kwargs)
         if self.replaced:
             args, kwargs = _map(args, self.current), _map(kwargs, self.current)
         if kind == "gradient":
@@ -127,9 +138,14 @@ class Streams(TorchFunctionMode):
             first = marked[0][1]
         if kind == "look":
             return func(*args, **kwargs)
-        if self.site.constant:
-            args, kwargs = _map(args, self._constant), _map(kwargs, self._constant)
+        before = getattr(args[0], "_fb_before", None) if args else None
+        if before is not None and before[0] == self.token and in_place(name_of(func), args, kwargs):
+            self.site.written(before[1])
 
+        if self.site.rows_first and kind == "linear" and name_of(func) == "view" and (x := self.plain(args[0])) is not args[0]:
+            d = self.d(args[0])
+            self.put(x, None if d is None else d.contiguous(), first[2])
+            args, marked = (x, *args[1:]), [(x, self.mark(x))]  # type: ignore[list-item]
         layer: Layer | None = None
         if kind == "layer" and args and marked[0][0] is args[0]:
             layer = self.site.layer(self, kinds.LAYERS[name_of(func)], func, args, kwargs)
@@ -146,6 +162,8 @@ class Streams(TorchFunctionMode):
         if layer is not None and layer[1] is not None:
             out, d = layer[1]
         else:
+            if self.site.constant:
+                args, kwargs = _map(args, self._constant), _map(kwargs, self._constant)
             out, d = self._both(kind, func, args, kwargs, marked)
         if self.sources and isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
             self._follow(func, out, args, kwargs)
@@ -224,7 +242,11 @@ class Streams(TorchFunctionMode):
     def _follow(self, func: Any, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Layerwise: rearrangements keep the point that a layer will read, and how its noise comes there."""
         source, name = getattr(args[0], "_fb_source", None), name_of(func)
-        if source is None or source[0] != self.token or name not in kinds.REARRANGEMENTS:
+        if source is None or source[0] != self.token:
+            return
+        if name in kinds.DROPOUTS:  # the noise goes in behind the mask
+            out._fb_source = source  # type: ignore[attr-defined]
+        if name not in kinds.REARRANGEMENTS:
             return
         rest, n = args[1:], len(args[0])
 
@@ -292,7 +314,8 @@ class Streams(TorchFunctionMode):
             assert mark is not None
         if chain is None:
             chain = Chain("", name, (), (), maps, explicit=True)
-        return self.end(chain, h, mark[1], mark[3], False)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else torch._C.DisableTorchFunction():
+            return self.end(chain, h, mark[1], mark[3], False)
 
     # functions put off until their point, to run in one launch
 

@@ -44,6 +44,8 @@ def run_block(step: Step, point: FeedbackPoint, waiting: Waiting, predicts: bool
     chosen = ops.choose(settings.backend, network.step.device)
     size: Sequence[int] = x.shape[2:]
     if layer is not None and weight is not None and layer.convolution:
+        if not weight.is_contiguous() or x.is_contiguous():  # else x is what a block before made of it
+            step.rows_first = weight.is_contiguous()
         x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
         size = layer.size_behind(weight)
     behind = Behind(epilogue.derivative, chosen, size, epilogue.window)

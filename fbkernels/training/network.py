@@ -15,6 +15,7 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, names_of, place, untouched
+from fbkernels.stream.chain import Chain
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.mode import Streams, shown
 from fbkernels.training.autograd import Reach
@@ -49,6 +50,7 @@ class Network(Stateful):
         self.current: Step | None = None  # the last training forward, until its loss has taken it
         self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
         self.entered = ""  # the layer whose module runs, where its weight is computed
+        self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
         self.warned = False
@@ -59,17 +61,19 @@ class Network(Stateful):
 
     # the forward
 
-    def forward(self, root: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
-        """What a converted network's forward is: ``plain``, the model's own, with both streams in training."""
+    def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+        """The model's own forward, in training with both streams."""
         if not root.training:
-            return plain(*args, **kwargs)
-        step = self.begin(root, plain, args, kwargs)
-        output = self.run(step, plain, args, kwargs)
-        self.stale = bool(step.unknown)
+            return type(root).forward(root, *args, **kwargs)
+        step = self.begin(root, args, kwargs)
+        output = self.run(step, root, args, kwargs)
+        missed = [c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)]
+        self.stale = bool(step.unknown or missed)
+        self.watched = self.watched or bool(missed)
         self.current = step
         return output
 
-    def run(self, step: Step, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, step: Step, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = Streams(step, self.buffers_known)
         mode.sources = self.settings.layerwise
         if torch.compiler.is_compiling():  # no mark of a graph's is left on what it was given
@@ -80,13 +84,13 @@ class Network(Stateful):
         self.running = (mode,)
         try:
             with shown(mode), checkpointed(mode, step), mode:
-                output = plain(*args, **kwargs)
+                output = type(root).forward(root, *args, **kwargs)
         finally:
             self.running = ()
         mode.finish()
         return self.end(step, mode, output)
 
-    def begin(self, root: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+    def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         settings, rule = self.settings, self.settings.rule
         if transformed():
             raise RuntimeError(
@@ -101,7 +105,7 @@ class Network(Stateful):
         placement = self.placement
         samples = self._samples(placement, args, kwargs)
         if placement is None or self.stale or (samples > 1 and not placement.settled):
-            placement = self.placement = self.find(root, plain, args, kwargs)
+            placement = self.placement = self.find(root, args, kwargs)
             samples = self._samples(placement, args, kwargs)
         learning = not self.probe and (settings.every == 1 or self.steps % settings.every == 0)
         wanted = rule.private if self.probe == "learned" else rule.perturbs and learning
@@ -129,17 +133,17 @@ class Network(Stateful):
             return 0
         return given[placement.argument].shape[placement.batch.dim]
 
-    def find(self, root: nn.Module, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
+    def find(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
         settings = self.settings
         names, weights = names_of(root)
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        with torch.no_grad(), untouched(root):
+        with torch.no_grad(), untouched(root, self.runs):
             recorder = Recorder(self, names, inputs)
             self.running = (recorder,)
             try:
                 with shown(recorder), recorder:
-                    output = plain(*args, **kwargs)
+                    output = type(root).forward(root, *args, **kwargs)
             finally:
                 self.running = ()
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
@@ -154,8 +158,23 @@ class Network(Stateful):
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
         with torch.no_grad():
-            settle(self, placement, recorder, plain, args, kwargs)
+            settle(self, placement, recorder, root, args, kwargs)
         return placement
+
+    def adopt(self, other: Network) -> None:
+        """The placement of the network that this one is a copy of."""
+        if other.placement is not None:
+            names, weights = names_of(self.root[0])
+            self.placement = replace(other.placement, names=names, weights=weights)
+            self.buffers_known = frozenset(id(t) for t in self.root[0].buffers())
+
+    def reached(self, step: Step, chain: Chain) -> bool:
+        """Whether the point of a chain that began has run."""
+        return chain.point in step.activities or chain.point not in self.points
+
+    def runs(self, hook: Any) -> bool:
+        """Whether a forward hook runs while a forward is recorded: ours, and the user's where one was seen to change an activity."""
+        return self.watched or isinstance(getattr(hook, "__self__", None), FeedbackPoint)
 
     def hidden(self, name: str) -> bool:
         """Whether a layer may get a point."""
@@ -214,6 +233,9 @@ class Network(Stateful):
                 del t._fb
         if not step.outputs:
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
+        outputs = sum(layout.units for layout in step.layouts)
+        if self.settings.rank is not None and self.settings.rank > outputs:
+            raise ValueError(f"rank must be at most {outputs}, the number of outputs, got {self.settings.rank}")
         if not step.activities and not step.unknown:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         return tree_unflatten(leaves, spec)
@@ -238,8 +260,6 @@ class Network(Stateful):
         rank = self.settings.rank
         if rank is None:
             return t
-        if rank > t.shape[1]:
-            raise ValueError(f"rank must be at most {t.shape[1]}, the number of outputs, got {rank}")
         if "C" not in self.state:
             last = torch.full((), 2**32 - 1, dtype=torch.int64)  # a step that training does not reach, and a point
             normal = ops.noise(last, self.settings.seed, 2**32 - 1, t.shape[1], rank, 1.0, "gaussian", dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fbkernels.layout import Rows
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Probe:
     """A site without noise and without cuts, that looks at the differences at points."""
 
-    constant = False
+    constant = rows_first = False
+    samples = 0
     fuses: tuple[torch.dtype, ...] = ()
 
     def __init__(self, network: Network, placement: Placement) -> None:
@@ -31,8 +32,11 @@ class Probe:
     def partial(self) -> bool:
         return False
 
-    def rows(self, h: Tensor) -> Tensor:
+    def rows(self, h: Tensor, d: Tensor | None = None) -> Tensor:
         return h
+
+    def written(self, h: Tensor) -> None:
+        pass
 
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -50,11 +54,14 @@ class Probe:
         return h, h.detach(), d
 
 
-def settle(network: Network, placement: Placement, recorder: Recorder, plain: Any, args: Any, kwargs: Any) -> None:
+def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.Module, args: Any, kwargs: Any) -> None:
     """Find the batch's dimension of the input, and the rows of every point's activity and of the outputs."""
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     placement.argument = recorder.first_input()
     x = given[placement.argument]
+    placement.settled = True
+    if x.is_meta:  # which has no values that could show it
+        return
     rows: list[Any] = []
     for dim in range(x.ndim):
         n = x.shape[dim]
@@ -62,7 +69,7 @@ def settle(network: Network, placement: Placement, recorder: Recorder, plain: An
         placement.settled = n > 1
         if n < 2:
             continue
-        probe, outputs = _run(network, placement, given, dim, plain, args, kwargs)
+        probe, outputs = _run(network, placement, given, dim, root, args, kwargs)
         rows = [rows_of(h, d, n, 1) for h, d in outputs]
         if all(r is not None for r in rows):
             placement.outputs = tuple(rows)
@@ -78,7 +85,7 @@ def settle(network: Network, placement: Placement, recorder: Recorder, plain: An
 
 
 def _run(
-    network: Network, placement: Placement, given: list[Tensor], dim: int, plain: Any, args: Any, kwargs: Any
+    network: Network, placement: Placement, given: list[Tensor], dim: int, root: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Probe, list[tuple[Tensor, Tensor | None]]]:
     probe = Probe(network, placement)
     mode = Streams(probe, network.buffers_known)
@@ -86,8 +93,8 @@ def _run(
         mode.put(x, exchanged(x, dim) if i == placement.argument else None)
     network.running = (mode,)
     try:
-        with untouched(network.root[0]), shown(mode), mode:
-            output = plain(*args, **kwargs)
+        with untouched(root, network.runs), shown(mode), mode:
+            output = type(root).forward(root, *args, **kwargs)
     finally:
         network.running = ()
     leaves = [mode.current(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
@@ -109,8 +116,10 @@ def exchanged(x: Tensor, dim: int) -> Tensor:
 
 def rows_of(h: Tensor, d: Tensor | None, n: int, sample: int) -> Rows | None:
     """Where the rows of one of n samples are, by where its difference is; None where they are no dimension's part."""
-    if d is None or not (changed := (d != 0)).any():
-        return Rows() if h.ndim and len(h) == n else None  # it shows nowhere: constant, or dead units
+    if d is None or not d.numel() or not d.any() or not (d == d).all():
+        return Rows() if h.ndim and len(h) == n else None  # it shows nowhere: constant, dead units, a diverged network
+    # another memory format rounds otherwise, so a row that did not change may show a rounding
+    changed = ~(d.abs() <= d.abs().max() * torch.finfo(d.dtype).eps ** 0.5) if d.is_floating_point() else d != 0
     for dim, size in enumerate(h.shape):
         if size % n:
             continue

@@ -33,6 +33,7 @@ class Step:
         self.random = placement.random
         self.antithetic = settings.antithetic
         self.perturbed_rows = samples if settings.fraction == 1 else math.ceil(settings.fraction * samples)
+        self.rows_first = False  # the plain model's maps are not channels-last as those of blocks are
         self.fuses: tuple[torch.dtype, ...] = ()
         self.ran: dict[str, int] = {}  # how often each layer ran
         self.unknown: list[str] = []  # layers that ran and that the placement does not have
@@ -55,17 +56,21 @@ class Step:
     def partial(self) -> bool:
         return self.antithetic or self.perturbed_rows != self.samples
 
-    def rows(self, h: Tensor) -> Tensor:
-        """The rows of a clean activity that have a difference, in the order of the differences."""
+    def rows(self, h: Tensor, d: Tensor | None = None) -> Tensor:
+        """The rows of a clean activity that have a difference, in the order of the differences; ``d`` has that shape."""
         if not self.partial():
             return h
-        if h.ndim == 0 or len(h) != self.samples:
+        n = self.perturbed_rows * (1 + self.antithetic)
+        fits = [
+            k for k, size in enumerate(h.shape) if size == self.samples and (d is None or d.shape == (*h.shape[:k], n, *h.shape[k + 1 :]))
+        ]
+        if not fits or (fits[0] > 0 and len(fits) > 1):
             raise ValueError(
-                f"fraction and antithetic need the batch in the first dimension everywhere, got an activity of shape {tuple(h.shape)} for "
+                f"fraction and antithetic need the batch in a dimension of its own, got an activity of shape {tuple(h.shape)} for "
                 f"{self.samples} samples: use fraction=1 and antithetic=False"
             )
-        part = h if self.perturbed_rows == self.samples else h[: self.perturbed_rows]
-        return torch.cat((part, part)) if self.antithetic else part
+        part = h.narrow(fits[0], 0, self.perturbed_rows)
+        return torch.cat((part, part), fits[0]) if self.antithetic else part
 
     def count(self, weight: Any) -> tuple[str, int]:
         """Which layer runs: its name, and how often it ran before in this step."""
@@ -94,6 +99,14 @@ class Step:
                 "torch.utils.checkpoint needs use_reentrant=False"
             )
         self.activities[point.name] = h
+
+    def written(self, h: Tensor) -> None:
+        """What follows a point is about to write into its activity, from which phi' of a block is read."""
+        for name, (behind, kept, winner) in self.blocks.items():
+            if kept.untyped_storage().data_ptr() == h.untyped_storage().data_ptr():
+                kept = kept.clone()
+                behind.version = kept._version
+                self.blocks[name] = (behind, kept, winner)
 
     # of Direct and Layerwise
 
