@@ -19,6 +19,10 @@ class Rows:
     dim: int = 0
     strided: bool = False
 
+    @property
+    def plain(self) -> bool:
+        return self.dim == 0 and not self.strided
+
     def first(self, t: Tensor, n: int) -> Tensor:
         """[N, rows of a sample, ...]"""
         t = t.movedim(self.dim, 0)
@@ -39,15 +43,15 @@ class Layout:
     """
 
     shape: tuple[int, ...]
-    maps: bool | None = None
-    share: int = 1
-    copies: int = 1
-    rows: Rows = Rows()
+    maps: bool | None
+    share: int
+    copies: int
+    rows: Rows
 
     @staticmethod
     def of(h: Tensor, n: int, maps: bool | None, share: int, rows: Rows) -> Layout:
-        if rows == Rows() and len(h) == n:
-            return Layout(tuple(h.shape[1:]), maps, share)
+        if rows.plain and len(h) == n:
+            return Layout(tuple(h.shape[1:]), maps, share, 1, rows)
         size = h.shape[rows.dim]
         shape = (*h.shape[: rows.dim], *h.shape[rows.dim + 1 :])
         return Layout(shape, maps, share, size // n if n else 1, rows)
@@ -55,7 +59,7 @@ class Layout:
     @property
     def plain(self) -> bool:
         """Whether the batch comes first, a row for each sample."""
-        return self.copies == 1 and self.rows == Rows()
+        return self.copies == 1 and self.rows.plain
 
     @property
     def row_units(self) -> int:

@@ -42,7 +42,7 @@ class Placement:
     @property
     def plain(self) -> bool:
         """Whether the batch comes first everywhere."""
-        return all(r == Rows() for r in (self.batch, *self.rows.values(), *self.outputs))
+        return all(r is not None and r.plain for r in (self.batch, *self.rows.values(), *self.outputs))
 
     def join(self, earlier: Placement) -> None:
         """Keep what an earlier recording showed of layers that this one did not run."""

@@ -258,7 +258,7 @@ class Transport(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, name: str, errors: dict[str, Tensor]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, name: str, errors: dict[str, Tensor] | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
         ctx.connection, ctx.name, ctx.errors = connection, name, errors
@@ -269,7 +269,8 @@ class Transport(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> Any:
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
-        ctx.errors[ctx.name] = delta
+        if ctx.errors is not None:
+            ctx.errors[ctx.name] = delta
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
         grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None

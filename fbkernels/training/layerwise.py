@@ -23,7 +23,12 @@ class Layerwise(Step):
     """What a layer reads gets the noise of its own B and of no other, so that the noise has one way to the loss (SPEC 1)."""
 
     def begin(self) -> None:
+        rule = self.network.settings.rule
         self.transports = self.probe != "exact"
+        # B regresses on the errors of the layers, which the backward pass has to leave behind
+        self.learns = self.probe == "learned" or (self.learning and rule.adapts and rule.regresses and (self.perturbing or not rule.perturbs))
+        if self.learns and torch.compiler.is_compiling():
+            raise RuntimeError(f"{rule!r} in layerwise feedback cannot be compiled: use feedback='direct', or leave torch.compile out")
 
     def cut(self, h: Tensor) -> Tensor:
         if self.probe:
@@ -80,12 +85,13 @@ class Layerwise(Step):
             kwargs = {}
         B = point.claim(weight, connection, point.carry if self.again else carry)
         constant = (lambda t: None if t is None else t.detach()) if self.constant else (lambda t: t)
-        clean = Transport.apply(x, constant(weight), constant(bias), B, connection, point.name, self.errors)
+        errors = self.errors if self.learns else None
+        clean = Transport.apply(x, constant(weight), constant(bias), B, connection, point.name, errors)
         return clean, None if d is None else weighted(func, d, args, kwargs)
 
     def record(self, m: Measurement) -> Any:
-        rule, network = self.network.settings.rule, self.network
-        if not (self.learning and rule.adapts and rule.regresses and (self.perturbing or not rule.perturbs)):
+        network = self.network
+        if not self.learns or self.probe:
             return None
 
         def record(c: Tensor) -> None:

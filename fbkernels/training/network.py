@@ -20,6 +20,7 @@ from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.mode import Streams, shown
 from fbkernels.training.autograd import Reach
 from fbkernels.training.checkpoint import checkpointed
+from fbkernels.training.compile import described, placed, register
 from fbkernels.training.direct import Direct
 from fbkernels.training.layerwise import Layerwise
 from fbkernels.training.point import FeedbackPoint, Stateful
@@ -38,6 +39,7 @@ class Network(Stateful):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         self.settings = settings
+        self.key = register(self)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
         self.points: dict[str, FeedbackPoint] = {}
@@ -67,6 +69,11 @@ class Network(Stateful):
             return type(root).forward(root, *args, **kwargs)
         step = self.begin(root, args, kwargs)
         output = self.run(step, root, args, kwargs)
+        if torch.compiler.is_compiling():
+            if step.unknown:
+                raise RuntimeError(f"layer {step.unknown[0]!r} is new to the network: take an eager step before you compile")
+            self.current = step
+            return output
         missed = [c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)]
         self.stale = bool(step.unknown or missed)
         self.watched = self.watched or bool(missed)
@@ -102,9 +109,14 @@ class Network(Stateful):
         if capturing(self.step):
             self._capture()
         self.current = None
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            placed(self.key, described(args), described(kwargs))
         placement = self.placement
         samples = self._samples(placement, args, kwargs)
-        if placement is None or self.stale or (samples > 1 and not placement.settled):
+        if compiling:
+            assert placement is not None
+        elif placement is None or self.stale or (samples > 1 and not placement.settled):
             placement = self.placement = self.find(root, args, kwargs)
             samples = self._samples(placement, args, kwargs)
         learning = not self.probe and (settings.every == 1 or self.steps % settings.every == 0)
@@ -415,6 +427,10 @@ class Network(Stateful):
             unexpected.remove(prefix + "method")
         if prefix + "step" in state_dict:
             self.steps = int(state_dict[prefix + "step"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
