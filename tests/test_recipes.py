@@ -1,11 +1,9 @@
 """Recipes for CIFAR: what a model trains with, and that augmentation, schedule and the split of the data are what they say."""
 
-import json
 import math
 from functools import partial
 from pathlib import Path
 
-import gpu_cifar
 import numpy as np
 import pytest
 import torch
@@ -236,23 +234,3 @@ def test_command_line(cifar: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         assert line[5] == f"{record['val_accuracy']:.2f}"
         assert line[6] == ("-" if record["epoch"] == 1 else f"{record['test_accuracy']:.2f}")
     assert "test %" in out
-
-
-def test_the_gpu_command_goes_on_where_its_time_was_up(cifar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu_cifar, "METHODS", ("joint-output", "weight-mirror"))
-    monkeypatch.setattr(gpu_cifar, "MODELS", ("paper_cnn",))
-    monkeypatch.setattr(gpu_cifar, "SEEDS", (0,))
-    monkeypatch.setattr(job, "VALIDATION", 20)
-    words = ["out", cifar, "--epochs", "1", "--device", "cpu", "--minutes"]
-    gpu_cifar.main([*words, "0"])  # one step of the first run
-    assert not Path("out/cifar100-paper_cnn/metrics.jsonl").exists()
-    gpu_cifar.main([*words, "9"])
-    s = job.recipe(
-        data="cifar100", data_dir=cifar, model="paper_cnn", feedback="direct", rule="joint-output", compare=("weight-mirror",), epochs=1
-    )
-    job.train(s, "whole")
-    assert metrics(Path("out/cifar100-paper_cnn")) == metrics(Path("whole"))
-    one, two = (json.loads(Path(f, "summary.json").read_text()) for f in ("out/cifar100-paper_cnn", "whole"))
-    assert one["settings"] == two["settings"]
-    assert [one["results"][m]["test_accuracy"] == two["results"][m]["test_accuracy"] for m in s.methods] == [True, True]
