@@ -168,7 +168,7 @@ def model(name: str, batch: int, device: str = "cpu") -> Problem:
 
 def backends(device: str) -> tuple[str, ...]:
     """Ours that can be had there, the best first."""
-    return ops._native(torch.device(device).type)
+    return ops.native(torch.device(device).type)
 
 
 # Ops

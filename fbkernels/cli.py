@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import fbkernels as fb
+from fbkernels import ops
 from fbkernels import train as job
 from fbkernels._check import integer, one_of
 from fbkernels.bench.reproduce import EXPERIMENTS, SCALES, reproduce
@@ -326,7 +327,7 @@ def _bench(given: dict[str, Any]) -> int:
 
 def _info() -> int:
     table = Table("what", "value", show_header=False, box=None)
-    for title, rows in (("versions", job.versions()), ("backends", fb.backends()), ("build", fb.build_info())):
+    for title, rows in (("versions", job.versions()), ("backends", fb.backends()), ("ops", ops.table()), ("build", fb.build_info())):
         table.add_row(f"[bold]{title}")
         for name, value in rows.items():
             table.add_row(f"  {name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))

@@ -7,11 +7,9 @@ from fbkernels.kernels.perturbed_conv2d import configurations, perturbed_conv2d
 from fbkernels.kernels.perturbed_cross_entropy import perturbed_cross_entropy
 from fbkernels.kernels.perturbed_pointwise import perturbed_pointwise
 from fbkernels.kernels.ridge_gain import ridge_gain
-from fbkernels.tuning import fastest
 
 __all__ = [
     "configurations",
-    "fastest",
     "feedback",
     "feedback_update",
     "noise",

@@ -1,4 +1,4 @@
-"""phi and phi' of SPEC 1 in registers; tests/test_pointwise.py measures them against float64."""
+"""phi and phi' of SPEC 1 in registers; tests/ops/test_perturbed_pointwise.py measures them against float64."""
 
 from __future__ import annotations
 

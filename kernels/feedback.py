@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
 from fbkernels.kernels.activation import derivative
 from fbkernels.kernels.feedback_update import precision
+from fbkernels.ops import tuning
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def feedback(
         (1, 1, *t.shape[1:]) if t.ndim == 2 else (*t.shape[2:], t.shape[1]) for t in (delta, behind)
     )
     m = B.shape[1]
-    # many samples to a read of B; at 64 channels by 128 samples gelu spills on sm_80, and tf32x3 at BK = 32 (tests/test_aot.py)
+    # many samples to a read of B; at 64 channels by 128 samples gelu spills on sm_80, and tf32x3 at BK = 32 (tests/ops/test_aot.py)
     BM, BN, BK = 128, min(32, max(16, triton.next_power_of_2(channels))), 16
     grid = (height * width * triton.cdiv(channels, BN), triton.cdiv(len(delta), BM))  # the second dimension ends at 65,535
     # what is rounded to 8 or 11 bits needs no more than tf32's 11

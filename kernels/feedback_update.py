@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
 from fbkernels.kernels.noise import noise_tile, shared
+from fbkernels.ops import tuning
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fbkernels import tuning
+from fbkernels.ops import tuning
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Plan, precision, update_tile
 from fbkernels.kernels.noise import shared, store_perturbed
+from fbkernels.ops import tuning
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def perturbed_conv2d_kernel(
 
 
 def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
-    """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/test_aot.py), the default first."""
+    """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/ops/test_aot.py), the default first."""
     if dtype != torch.float32:
         # 128 x 128 spills: its noise and phi beside its sums
         BK = 64 if tuning.capability() >= 90 else 32
@@ -239,8 +239,8 @@ def perturbed_conv2d(
     rows: int,
     std: float,
     kind: str,
-    antithetic: bool,
     offset: int,
+    antithetic: bool,
     h: Tensor,
     perturbed: Tensor | None,
     kept: Tensor | None,

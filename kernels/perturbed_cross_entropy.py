@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
+from fbkernels.ops import tuning
 
 
 @triton.jit

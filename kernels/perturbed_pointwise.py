@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Plan, update_tile
 from fbkernels.kernels.noise import shared, store_perturbed
+from fbkernels.ops import tuning
 
 
 @triton.jit
@@ -214,8 +214,8 @@ def perturbed_pointwise(
     rows: int,
     std: float,
     kind: str,
-    antithetic: bool,
     offset: int,
+    antithetic: bool,
     h: Tensor,
     perturbed: Tensor | None,
     kept: Tensor | None,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fbkernels import tuning
+from fbkernels.ops import tuning
 
 WHOLE, BLOCK = 128, 64  # rows that one launch inverts: at most, and of a larger matrix
 

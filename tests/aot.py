@@ -116,7 +116,7 @@ def compile_all(launches: Mapping[str, Callable[[], Any]]) -> Iterator[dict[str,
     torch.set_num_threads(1)  # a forked process would wait for the others
     for name, launch in launches.items():
         for sm in SHARED:
-            with Recorder() as recorder, mock.patch("fbkernels.tuning.capability", return_value=sm):
+            with Recorder() as recorder, mock.patch("fbkernels.ops.tuning.capability", return_value=sm):
                 launch()
             _jobs.extend((name, sm, *one) for one in recorder.launches)
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:

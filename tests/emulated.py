@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 import fbkernels as fb
-from fbkernels import fused_mlp, ops
+from fbkernels import fused_mlp
+from fbkernels.ops import _op
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,11 +79,10 @@ def engine() -> Iterator[None]:
 def backend() -> Iterator[None]:
     """The operators have the backend "cuda"."""
     with ExitStack() as stack:
-        stack.callback(ops._native.cache_clear)
+        stack.callback(_op.forget)
         if not torch.cuda.is_available():
-            for name, value in (("_C", compiled()), ("_BUILD", compiled().build_info())):
-                stack.enter_context(mock.patch.object(ops, name, value))
-        ops._native.cache_clear()
+            stack.enter_context(mock.patch.object(_op, "C", compiled()))
+        _op.forget()
         yield
 
 

@@ -246,4 +246,4 @@ def test_a_foreign_checkpoint_executes_nothing(tmp_path: Path, capsys: pytest.Ca
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("torch", "reference", "cpp", "compiler", torch.__version__))
+    assert all(word in out for word in ("torch", "reference", "cpp", "compiler", "ridge_gain", torch.__version__))

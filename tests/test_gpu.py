@@ -13,7 +13,7 @@ from fbkernels import _C, ops, reference
 from fbkernels.bench.timing import launches
 
 pytest.importorskip("triton")
-from fbkernels import tuning
+from fbkernels.ops import tuning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 KINDS = ("gaussian", "rademacher")
@@ -233,7 +233,7 @@ def layer(what: str, low: torch.dtype, backend: str, dtype: torch.dtype, first: 
 @pytest.fixture
 def one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused launch, whatever is faster."""
-    monkeypatch.setattr("fbkernels.kernels.fastest", lambda name, key, candidates, run: candidates[0])
+    monkeypatch.setattr("fbkernels.ops.tuning.fastest", lambda name, key, candidates, run: candidates[0])
 
 
 @pytest.mark.usefixtures("one_launch")

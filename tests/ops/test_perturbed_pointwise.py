@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fbkernels.functional as fn
 from fbkernels import _C, ops, reference
+from fbkernels.ops._op import dense, maps
 
 STEP = torch.tensor(5)
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -82,18 +83,6 @@ def tolerance(call: dict[str, Any]) -> float:
     return (2 * EPS[call["z"].dtype] + 2 * (1 + 4 + 16 + 4) * EPS[torch.float32]) * max(1.0, largest + 5.8 * call["std"])
 
 
-@given(calls())
-@settings(max_examples=300, deadline=None)
-def test_both_streams_are_the_reference(call: dict[str, Any]) -> None:
-    check(call, "cpp")
-
-
-@given(calls(low=torch.float16))  # the interpreter truncates to bfloat16
-@settings(max_examples=60, deadline=None)
-def test_both_streams_in_triton(call: dict[str, Any]) -> None:
-    check(call, "triton")
-
-
 def check(call: dict[str, Any], backend: str) -> None:
     device = DEVICE if backend in ("triton", "cuda") else "cpu"
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
@@ -130,8 +119,8 @@ def test_every_instruction_set_and_thread_count(call: dict[str, Any], threads: i
     for simd in _C.simd_paths():
         for t in (1, threads):
             out = [torch.full_like(x, 7) for x in ops.perturbed_pointwise(**call)[:4]]
-            z, q = (None if x is None else ops._maps(ops._dense(x)) for x in (call["z"], call["q"]))
-            given = [ops._maps(x) if x.numel() else None for x in out]
+            z, q = (None if x is None else maps(dense(x)) for x in (call["z"], call["q"]))
+            given = [maps(x) if x.numel() else None for x in out]
             sizes = (*call["kernel_size"], *call["stride"], *call["padding"])
             names = ("step", "seed", "point", "std", "kind", "rows", "antithetic", "offset")
             key = [call[k] for k in names]
@@ -182,17 +171,24 @@ def unpoolings(draw: Any) -> tuple[Tensor, Tensor, list[int], tuple[list[int], l
     return torch.randn_like(h), winner, list(size), (kernel, stride, padding)
 
 
-@given(unpoolings())
-@settings(max_examples=100, deadline=None)
-def test_unpool(case: tuple[Tensor, Tensor, list[int], tuple[list[int], list[int], list[int]]]) -> None:
+def check_unpool(case: tuple[Tensor, Tensor, list[int], tuple[list[int], list[int], list[int]]], backend: str) -> None:
     delta, winner, size, window = case
+    device = "cpu" if backend == "cpp" else DEVICE
     expected = ops.unpool(delta.double(), winner, size, *window, backend="reference")
+    got = ops.unpool(delta.to(device), winner.to(device), size, *window, backend=backend).cpu()
     # a place can win in 16 windows at most: kernel 4, stride 1
-    torch.testing.assert_close(ops.unpool(delta, winner, size, *window).double(), expected, rtol=0, atol=16 * 2 * 5 * EPS[torch.float32])
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=16 * 2 * 5 * EPS[torch.float32])
     for simd in _C.simd_paths():
-        out = ops._dense(torch.full((*delta.shape[:2], *size), 7.0))
-        _C.unpool(ops._maps(ops._dense(delta)), ops._maps(winner), ops._maps(out), (*window[0], *window[1], *window[2]), 2, simd)
+        out = dense(torch.full((*delta.shape[:2], *size), 7.0))
+        _C.unpool(maps(dense(delta)), maps(winner), maps(out), (*window[0], *window[1], *window[2]), 2, simd)
         torch.testing.assert_close(out, expected.float(), rtol=0, atol=16 * 2 * 5 * EPS[torch.float32])
+
+
+LOW = {"cpp": torch.bfloat16, "triton": torch.float16, "cuda": torch.float32}  # Triton's interpreter truncates to bfloat16
+CASES = {
+    "perturbed_pointwise": (lambda backend: calls(LOW[backend]), check),
+    "unpool": (lambda _: unpoolings(), check_unpool),
+}
 
 
 def test_unpool_is_the_gradient_of_pooling() -> None:
@@ -218,7 +214,7 @@ def test_the_ops(pool: str, activation: str, backend: str) -> None:
     if pool == "max":
         h, _, _, winner, *_ = ops.perturbed_pointwise(*args)
         if backend == "triton":
-            with pytest.raises(RuntimeError, match="has no kernel for this alone"):
+            with pytest.raises(RuntimeError, match="has no kernel for unpool"):
                 ops.unpool(h, winner, [8, 7], *window, backend=backend)
         else:
             torch.library.opcheck(torch.ops.fbkernels.unpool.default, (h, winner, [8, 7], *window), {"backend": backend})

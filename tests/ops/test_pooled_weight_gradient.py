@@ -98,6 +98,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     )  # fmt: skip
 
 
+CASES = {"pooled_weight_gradient": (lambda _: problems(), lambda p, backend: assert_rounding(OP(**p, backend=backend), p))}
+
+
 @given(problems(), st.booleans(), st.integers(1, 4))
 @settings(max_examples=150, deadline=None)
 def test_is_the_reference_to_rounding(p: dict[str, Any], channels_last: bool, threads: int) -> None:

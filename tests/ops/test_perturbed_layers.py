@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from launched import launched
 from poison import guarded, poisoned
@@ -19,7 +18,8 @@ from test_feedback import bounds, double
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import ops, reference, tuning
+from fbkernels import ops, reference
+from fbkernels.ops import tuning
 
 pytest.importorskip("triton")
 from fbkernels import kernels
@@ -135,7 +135,7 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, bound: Tensor) -> None:
 
 def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate: int = 0) -> None:
     choice = lambda *given: given[2][candidate]  # noqa: E731
-    with poisoned(), mock.patch.object(kernels, "fastest", choice), mock.patch.object(tuning, "fastest", choice):
+    with poisoned(), mock.patch.object(tuning, "fastest", choice):
         h, p, kept, *rest = op(**call, backend=backend)
     *rest, new, parts = rest
     want_h, want_p, want_kept, *_, want_new, want_parts = op(**double(call), backend="reference")
@@ -156,27 +156,17 @@ def check(op: Callable[..., Any], call: dict[str, Any], backend: str, candidate:
         assert call["predicts"] or not parts.numel()
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_cpp_is_the_reference(name: str) -> None:
-    if DEVICE == "cuda":
-        pytest.skip("of tensors on the CPU")
+def case(name: str) -> Any:
+    """With a choice among what could run, of which a backend may have fewer."""
 
-    @given(calls(name, "cpp"))
-    @settings(max_examples=150, deadline=None)
-    def run(call: dict[str, Any]) -> None:
-        check(OPS[name], call, "cpp")
+    def checked(call: tuple[dict[str, Any], int], backend: str) -> None:
+        some = {"triton": len(kernels.configurations(call[0]["x"].dtype)), "cuda": int(name == "linear")}.get(backend, 0)
+        check(OPS[name], call[0], backend, min(call[1], some))
 
-    run()
+    return lambda backend: st.tuples(calls(name, backend), st.integers(0, 2)), checked
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_every_candidate_is_the_reference(name: str) -> None:
-    @given(calls(name, "triton"), st.integers(0, 2))
-    @settings(max_examples=15, deadline=None)  # 2 s each in the interpreter
-    def run(call: dict[str, Any], candidate: int) -> None:
-        check(OPS[name], call, "triton", min(candidate, len(kernels.configurations(call["x"].dtype))))
-
-    run()
+CASES = {f"perturbed_{name}": case(name) for name in OPS}
 
 
 def example(name: str, dtype: torch.dtype = torch.float32, **change: Any) -> dict[str, Any]:
@@ -287,7 +277,7 @@ def test_bad_arguments_are_named_before_anything_runs(name: str, message: str, c
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_of_a_layer_is_one_launch(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both streams, noise, B's update and prediction: nothing else computes."""
-    monkeypatch.setattr(kernels, "fastest", lambda *given: given[2][0])
+    monkeypatch.setattr(tuning, "fastest", lambda *given: given[2][0])
     for name, units in (("linear", 9), ("conv2d", 36)):
         update: dict[str, Any] = dict.fromkeys(("B", "M", "G", "learned_step")) | {"predicts": False} | riding(form, units, 7, 3)
         call = example(name, dtype, **update)
@@ -326,7 +316,7 @@ def test_a_training_step_launches_once_a_point(
 ) -> None:
     """Of the second step, whose launches update B: forward one a point, where a max-pooling stands after the library's convolutions of
     both streams; one for the loss; backward one a point."""
-    monkeypatch.setattr(kernels, "fastest", lambda *given: given[2][0])
+    monkeypatch.setattr(tuning, "fastest", lambda *given: given[2][0])
     net = fb.convert(copy.deepcopy(model).to(DEVICE), rule=copy.deepcopy(rule), backend="triton")
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     x, y = normal(6, *shape), torch.randint(5, (6,), device=DEVICE)

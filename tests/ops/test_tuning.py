@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fbkernels import tuning
+from fbkernels.ops import tuning
 
 KEY = (64, 100, "float32")
 SMALL, LARGE = {"BM": 16, "stages": [2, 3]}, {"BM": 64, "stages": [2, 3]}

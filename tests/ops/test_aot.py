@@ -1,6 +1,6 @@
 """Every Triton kernel and configuration, compiled for GPUs that need not be here.
 
-``python tests/test_aot.py WORD...`` prints what was read of the launches whose names have these words.
+``python tests/ops/test_aot.py WORD...`` prints what was read of the launches whose names have these words.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def layer(
     p, shape = None if first else new(rows, *inputs), (outputs, *inputs[1:])
     h, perturbed, kept = new(samples, *shape), new(rows, *shape), new(samples, *shape) if activation == "gelu" else None
     window = ((1, 1), (1, 1) if len(inputs) > 1 else (0, 0), (1, 1), groups)
-    key = (STEP, 1, 2, some, 0.1, kind, antithetic, 0)
+    key = (STEP, 1, 2, some, 0.1, kind, 0, antithetic)
     with allowing_tf32(tf32):
         plan = update(form, m, math.prod(shape), some, kind, dtype)
         for configuration in kernels.configurations(dtype):
@@ -106,7 +106,7 @@ def pointwise(
     rows = some * (1 + antithetic)
     window = ("none", False, (1, 1), (1, 1), (0, 0)) if pool == "none" else (pool, False, (3, 3), (2, 2), (1, 1))
     behind = shape if pool == "none" else (shape[0], *((n - 1) // 2 + 1 for n in shape[1:]))
-    h, key = new(samples, *behind), (STEP, 1, 2, some, 0.1, "gaussian", antithetic, 0)
+    h, key = new(samples, *behind), (STEP, 1, 2, some, 0.1, "gaussian", 0, antithetic)
     kept = h if activation == "gelu" and pool != "avg" else None
     winner = torch.empty(h.shape, dtype=torch.uint8) if pool == "max" else None
     q, scales = None if first else new(rows, *shape), torch.empty(shape[0]) if scale else None
