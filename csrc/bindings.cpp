@@ -17,6 +17,7 @@
 #include "feedback.h"
 #include "fused_mlp.h"
 #include "linear.h"
+#include "mirror.h"
 #include "noise.h"
 #include "pointwise.h"
 #include "ridge_gain.h"
@@ -428,6 +429,44 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
 
 using Views = std::vector<TensorView>;
 
+static void mirror(const Views& B, const Views& W, const Views& out, const TensorView& residual,
+                   const std::optional<TensorView>& scratch, const TensorView& step, int64_t seed,
+                   const std::vector<int64_t>& points, int64_t samples, const std::string& kind, int64_t offset,
+                   int threads, const std::string& simd) {
+  const size_t count = B.size();
+  require(W.size() == count && out.size() == count && points.size() == count,
+          "B, W, out and points must be of one length");
+  require(samples >= 1 && samples <= 1 << 20, "samples must be in [1, 2^20], got " + std::to_string(samples));
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  expect("residual", residual, {int64_t(count)}, fbk::dl_float, 32, &residual);
+  std::vector<fbk::MirrorLayer> layers;
+  NoiseKind k{};
+  for (size_t i = 0; i < count; ++i) {
+    require(B[i].ndim == 2, "B must be [outputs, units]");
+    const int64_t outputs = B[i].shape[0], units = B[i].shape[1];
+    fbk::MirrorLayer layer{};
+    for (auto [name, t] : {std::pair("B", &B[i]), {"W", &W[i]}, {"out", &out[i]}})
+      expect(name, *t, {outputs, units}, fbk::dl_float, 32, &residual);
+    layer.B = B[i].ptr<float>(), layer.W = W[i].ptr<float>(), layer.out = out[i].ptr<float>();
+    require((layer.out != layer.B && layer.out != layer.W) || B[i].numel() == 0, "out must be neither B nor W");
+    layer.outputs = outputs;
+    layer.residual = residual.ptr<float>() + i;
+    std::tie(layer.noise, k) =
+        NoiseKey{step, seed, points[i], 1, kind, offset}.params("B", B[i], nullptr, samples, units);
+    layers.push_back(layer);
+  }
+  fbk::Simd path = simd_named(simd);
+  if (is_gpu(residual)) {
+    require(scratch.has_value(), "scratch must be given on a GPU");
+    expect("scratch", *scratch, {fbk::mirror_scratch(layers)}, fbk::dl_float, 32, &residual);
+    return on_gpu(residual, [&](int device, void* stream) {
+      FBK_CUDA(mirror_cuda(layers, k, scratch->ptr<float>(), device, stream));
+    });
+  }
+  py::gil_scoped_release release;
+  fbk::mirror_cpu(layers, k, path, threads);
+}
+
 // Returns the bytes of scratch that it needs and has not got, or 0 where it has trained.
 static int64_t fused_mlp(const std::vector<int64_t>& sizes, const std::vector<std::string>& activations,
                          const std::string& loss, bool layerwise, const std::string& rule, double rule_rate,
@@ -642,6 +681,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_gradient", &conv_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a, "bias_gradient"_a,
         "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "The weight and bias gradient of a convolution from the winners of its max-pool.");
+  m.def("mirror", &mirror, "B"_a, "W"_a, "out"_a, "residual"_a, "scratch"_a.none(true), "step"_a, "seed"_a, "points"_a,
+        "samples"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1, "simd"_a = "",
+        "A step of the local mirror of all layers: out = B + rate (W - B) Xi^T Xi, and how far B was from W.");
   m.def("fused_mlp", &fused_mlp, py::kw_only(), "sizes"_a, "activations"_a, "loss"_a, "layerwise"_a, "rule"_a,
         "rule_rate"_a, "forgetting"_a, "downdate"_a, "optimizer"_a, "lr"_a, "noise_std"_a, "noise"_a, "seed"_a,
         "warmup"_a, "weights"_a, "biases"_a, "weight_state"_a, "bias_state"_a, "B"_a, "statistics"_a, "x"_a, "y"_a,

@@ -88,6 +88,21 @@ def conv_gradient(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
+def mirror(
+    B: Sequence[Tensor],
+    W: Sequence[Tensor],
+    out: Sequence[Tensor],
+    residual: Tensor,
+    scratch: Tensor | None,
+    step: Tensor,
+    seed: int,
+    points: Sequence[int],
+    samples: int,
+    kind: str,
+    offset: int = 0,
+    threads: int = 1,
+    simd: str = "",
+) -> None: ...
 def fused_mlp(
     *,
     sizes: Sequence[int],

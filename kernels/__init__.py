@@ -2,6 +2,7 @@
 
 from fbkernels.kernels.feedback import feedback
 from fbkernels.kernels.feedback_update import feedback_update, plan, precision
+from fbkernels.kernels.mirror import mirror
 from fbkernels.kernels.noise import noise
 from fbkernels.kernels.perturbed_conv2d import configurations, perturbed_conv2d
 from fbkernels.kernels.perturbed_cross_entropy import perturbed_cross_entropy
@@ -12,6 +13,7 @@ __all__ = [
     "configurations",
     "feedback",
     "feedback_update",
+    "mirror",
     "noise",
     "perturbed_conv2d",
     "perturbed_cross_entropy",

@@ -46,17 +46,19 @@ class Recorder:
 
 def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ASTSource, dict[str, Any]]:
     given = dict(zip(fn.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants, attributes = {}, {}
     for i, p in enumerate(fn.params):
         v = given.pop(p.name)
         if p.is_constexpr or v is None:
             signature[p.name], constants[p.name] = "constexpr", v
         elif hasattr(v, "data_ptr"):
-            signature[p.name] = "*" + re.sub(
-                "^[a-z]+", lambda kind: TYPES[kind[0]], "int1" if v.dtype == torch.bool else str(v.dtype).removeprefix("torch.")
-            )
+            signature[p.name] = pointer(v)
             if v.data_ptr() % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(v, tuple):
+            signature[p.name] = tuple(pointer(t) for t in v)
+            attributes |= {(i, j): [["tt.divisibility", 16]] for j, t in enumerate(v) if t.data_ptr() % 16 == 0}
         elif isinstance(v, bool):
             signature[p.name] = "i1"
         elif isinstance(v, int):
@@ -68,6 +70,11 @@ def source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str,
         else:
             signature[p.name] = "fp32"
     return fn.__name__, ASTSource(fn, signature, constants, attributes), given
+
+
+def pointer(t: torch.Tensor) -> str:
+    name = "int1" if t.dtype == torch.bool else str(t.dtype).removeprefix("torch.")
+    return "*" + re.sub("^[a-z]+", lambda kind: TYPES[kind[0]], name)
 
 
 def dots(text: str) -> list[int]:

@@ -26,6 +26,8 @@ MOST = {
     "linear_kernel": 80,
     "feedback_kernel": 80,
     "feedback_update_kernel": 80,
+    "mirror_respond_kernel": 80,
+    "mirror_learn_kernel": 80,
     # 1 block, which waits for those of the other multiprocessors
     "ridge_gain_kernel": 255,
     "fused_mlp_kernel": 255,

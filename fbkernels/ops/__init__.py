@@ -4,6 +4,7 @@ from fbkernels.ops._op import BACKENDS, backends, build_info, choose, emulating,
 from fbkernels.ops._op import backend_of as _backend  # loss.py
 from fbkernels.ops.feedback import op as feedback
 from fbkernels.ops.feedback_update import op as feedback_update
+from fbkernels.ops.mirror import op as mirror
 from fbkernels.ops.noise import KINDS
 from fbkernels.ops.noise import draw as noise
 from fbkernels.ops.perturbed_conv2d import op as perturbed_conv2d
@@ -26,6 +27,7 @@ __all__ = [
     "feedback_update",
     "fuses",
     "interpreting",
+    "mirror",
     "native",
     "noise",
     "perturbed_conv2d",

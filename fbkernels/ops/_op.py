@@ -185,6 +185,7 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()))
+        first = first[0] if isinstance(first, list) and first else first
         direct = type(first) in EAGER and not torch.compiler.is_compiling()
         return (self.run if direct else self.registered)(*args, **kwargs)
 

@@ -131,6 +131,11 @@ def feedback_update(tf32: bool, form: str, m: int) -> None:
         kernels.feedback_update(plan, STEP, 1, 2, 1000, 0.1, "gaussian", 0)
 
 
+def mirror(kind: str, samples: int, *shapes: tuple[int, int]) -> None:
+    B = [torch.empty(shape) for shape in shapes]
+    kernels.mirror(torch.empty(len(B)), B, B, B, STEP, 2**63 - 1, [2] * len(B), samples, kind, 0)
+
+
 # name: a call of a launcher on the CPU, whose launches are compiled and not run
 LAUNCHES = {
     f"noise {kind}, {samples} x {units}, offset {offset}": partial(noise, kind, samples, units, offset)
@@ -193,6 +198,11 @@ LAUNCHES |= {
     for m in (10, 1000)
     for tf32 in (False, True)
 }
+LAUNCHES |= {
+    f"mirrors of {len(shapes)} layers, {kind}, {samples} samples": partial(mirror, kind, samples, *shapes)
+    for kind in KINDS
+    for samples, *shapes in ((512, *[(64, 576)] * 21), (100, (10, 2048)))
+}
 # Triton makes a constant of an argument that is 1
 ONES = ((torch.bfloat16, False, (1,)), (torch.bfloat16, False, (1, 1, 1)))
 LAUNCHES |= {
@@ -208,6 +218,7 @@ LAUNCHES |= {
     )
     for first in (False, True)
 }
+LAUNCHES |= {"mirror, sizes of one": partial(mirror, "gaussian", 1, (1, 1))}
 LAUNCHES |= {"feedback, sizes of one": partial(feedback, torch.bfloat16, False, (1, 1, 1), 1, "relu", True)}
 
 

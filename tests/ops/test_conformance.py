@@ -11,6 +11,7 @@ from typing import Any
 import emulated
 import pytest
 import test_feedback
+import test_mirror
 import test_noise
 import test_perturbed_cross_entropy
 import test_perturbed_layers
@@ -24,6 +25,7 @@ from fbkernels import ops
 
 FILES = (
     test_feedback,
+    test_mirror,
     test_noise,
     test_perturbed_cross_entropy,
     test_perturbed_layers,

@@ -124,6 +124,9 @@ def everything() -> list[Tensor]:
     )
     back = {"winner": winner, "size": [9, 8], "kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 0]}
     out += [h, winner, ops.feedback(normal(5, 40), normal(h[0].numel(), 40), h, "tanh", **back, backend="cuda")]
+    layers = [[normal(m, n) for m, n in ((70, 99), (5, 130), (131, 7))] for _ in range(2)]
+    new, residual = ops.mirror(*layers, step, 1, [2, 3, 2], 70, "gaussian", backend="cuda")
+    out += [*new, residual]
     for n, m in SIZES:
         R, w, V = (t.to(DEVICE) for t in batch(n, m, 0, 1))
         out += ops.ridge_gain(R, w, V, 0.1, 0.99, backend="cuda")
@@ -174,6 +177,9 @@ def test_the_ops(change: dict[str, Any]) -> None:
     torch.library.opcheck(torch.ops.fbkernels.perturbed_linear.default, (), example("linear", **change) | {"backend": "cuda"})
     torch.library.opcheck(torch.ops.fbkernels.perturbed_conv2d.default, (), example("conv2d") | {"backend": "cuda"})
     R, w, V = (t.to(DEVICE) for t in batch(7, 5, 0, 1))
+    torch.library.opcheck(
+        torch.ops.fbkernels.mirror.default, ([R], [2 * R], torch.tensor(1, device=DEVICE), 1, [2], 9, "rademacher"), {"backend": "cuda"}
+    )
     torch.library.opcheck(torch.ops.fbkernels.ridge_gain.default, (R[None], w, V[None], 0.1, 0.9), {"backend": "cuda"})
     torch.library.opcheck(torch.ops.fbkernels.feedback.default, (R, R, R[:, :1].expand(7, 7), "tanh"), {"backend": "cuda"})
 

@@ -120,6 +120,12 @@ def fused_mlp() -> dict[str, Any]:
     }
 
 
+def mirror(gpu: bool = False) -> dict[str, Any]:
+    B, W, out = ([f(7, 9), f(3, 9)] for f in (torch.randn, torch.randn, torch.empty))
+    key = {"step": STEP, "seed": 1, "points": [2, 2], "samples": 70, "kind": "gaussian", "offset": 0, "threads": 2, "simd": ""}
+    return {"B": B, "W": W, "out": out, "residual": torch.empty(2), "scratch": torch.empty(10 * 70 + 2 * 2 * 2) if gpu else None, **key}
+
+
 def noise() -> dict[str, Any]:
     key = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "offset": 0}
     return {"out": torch.empty(3, 9), **key, "threads": 2, "simd": ""}
@@ -133,13 +139,14 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "conv_gradient": conv_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
+    "mirror": mirror,
     "fused_mlp": fused_mlp,
     "ridge_gain": ridge_gain,
     "shuffle": lambda: {"out": torch.empty(9, dtype=torch.int64), "seed": 1, "epoch": 2},
 }
 # on a GPU, whose fused_mlp leaves it to the caller that rows and classes are within bounds
 ON_GPU = {name: GOOD[name] for name in ("noise", "pointwise", "unpool", "feedback", "ridge_gain")}
-ON_GPU |= {"linear": linear, "feedback_update": lambda: feedback_update(parts=1)}
+ON_GPU |= {"linear": linear, "feedback_update": lambda: feedback_update(parts=1), "mirror": lambda: mirror(gpu=True)}
 HARMLESS = {"build_info", "simd_paths"}  # take no arguments
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)
 OTHERS = (None, "", "gaussian", "max", "avx512", "\0", "x" * 1000, [], (), {}, object(), torch, b"bytes", 1j)
