@@ -133,59 +133,60 @@ def updates(units: int, rows: int, kind: str, outputs: int, device: str) -> Buil
     }
 
 
-def one_launch(layer: nn.Conv2d | nn.Linear, x: Tensor, p: Tensor, std: float, learns: bool, configuration: dict[str, int]) -> Step:
+def one_launch(layer: nn.Conv2d | nn.Linear, x: Tensor, dx: Tensor, std: float, learns: bool, configuration: dict[str, int]) -> Step:
     """The layer as one launch in a configuration, beside it B's update from as many samples where it ``learns``."""
     from fbkernels import kernels
 
     how: tuple[Any, ...] = ((1, 1), (0, 0), (1, 1), 1)
     if isinstance(layer, nn.Conv2d):
         how = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    h, perturbed = (torch.empty_like(layer(t)) for t in (x, p))
+    h, d = (torch.empty_like(layer(t)) for t in (x, dx))
     step, gains, B = torch.tensor(0, device=x.device), [None] * 3, None
     if learns:
         B = torch.randn(h[0].numel(), OUTPUTS, device=x.device)
         gains = [torch.randn(len(x), *shape, device=x.device) for shape in ((OUTPUTS,), (OUTPUTS,), ())]
     update = kernels.plan(B, None, None, *gains, step if learns else None, 0, "gaussian", x)
-    given = (x, p, layer.weight, layer.bias, *how, "relu", step, 0, 0, len(x), std, "gaussian", False, 0, h, perturbed, None, update)
+    given = (x, dx, layer.weight, layer.bias, *how, "relu", step, 0, 0, len(x), std, "gaussian", False, 0, h, d, None, update)
 
     def run() -> tuple[Tensor, Tensor]:
         kernels.perturbed_conv2d(*given, configuration)
-        return h, perturbed
+        return h, d
 
     return run
 
 
 def layers(name: str, batch: int, device: str, dtype: torch.dtype, std: float = STD, compiler: str = "inductor") -> Builders:
-    """A layer, relu and noise on both streams."""
+    """A layer, relu and noise: ours of activity and difference, the others on two streams."""
     torch.manual_seed(0)
     build, shape = LAYERS[name]
-    x, p = (torch.randn(batch, *shape, device=device, dtype=dtype) for _ in range(2))
+    x, dx = (torch.randn(batch, *shape, device=device, dtype=dtype) for _ in range(2))
     layer = build().to(device, dtype).requires_grad_(False)
     if len(shape) == 3:
-        x, p, layer = (t.to(memory_format=torch.channels_last) for t in (x, p, layer))
+        x, dx, layer = (t.to(memory_format=torch.channels_last) for t in (x, dx, layer))
+    p = x + dx
     step = torch.tensor(0, device=device)
     product = Stacked(layer, x, p, std, True, compiler).product
 
     def pointwise() -> tuple[Tensor, Tensor]:
         window = ("relu", "none", False, [1, 1], [1, 1], [0, 0])
-        out = ops.perturbed_pointwise(product(x), product(p), layer.bias, *window, step, 0, 0, batch, std, "gaussian")
+        out = ops.perturbed_pointwise(product(x), product(dx), layer.bias, *window, step, 0, 0, batch, std, "gaussian")
         return out[0], out[1]
 
     def chosen() -> tuple[Tensor, Tensor]:
         key = (step, 0, 0, batch, std, "gaussian")
         if isinstance(layer, nn.Linear):
-            return ops.perturbed_linear(x, p, layer.weight, layer.bias, "relu", *key)[:2]
+            return ops.perturbed_linear(x, dx, layer.weight, layer.bias, "relu", *key)[:2]
         how = (layer.stride, layer.padding, layer.dilation, layer.groups, "relu", "none", False, (1, 1), (1, 1), (0, 0))
-        return ops.perturbed_conv2d(x, p, layer.weight, layer.bias, *how, *key)[:2]
+        return ops.perturbed_conv2d(x, dx, layer.weight, layer.bias, *how, *key)[:2]
 
     builders: dict[str, Callable[[], Step]] = {"ours": lambda: chosen}
     if device == "cuda":
         from fbkernels import kernels
 
         for learns in (False, True):
-            for c in kernels.configurations(dtype):
+            for c in kernels.configurations(dtype, 2):
                 tile = "x".join(str(c[k]) for k in ("BM", "BN", "BK")) + ", and B" * learns
-                builders[f"ours, one launch {tile}"] = functools.partial(one_launch, layer, x, p, std, learns, c)
+                builders[f"ours, one launch {tile}"] = functools.partial(one_launch, layer, x, dx, std, learns, c)
     return {
         **builders,
         "ours, library and pointwise": lambda: pointwise,
@@ -198,7 +199,7 @@ def layers(name: str, batch: int, device: str, dtype: torch.dtype, std: float = 
 def pieces(batch: int, channels: int, size: int, outputs: int, device: str) -> dict[str, Callable[[], Any]]:
     """What a layer launches beside its product."""
     torch.manual_seed(0)
-    z, q = (torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    z, dz = (torch.randn(batch, channels, size, size, device=device).contiguous(memory_format=torch.channels_last) for _ in range(2))
     e, B = torch.randn(batch, outputs, device=device), torch.randn(channels * size * size, outputs, device=device)
     step, window = torch.tensor(0, device=device), ("none", False, [1, 1], [1, 1], [0, 0])
     W = torch.randn(channels, channels, 1, 1, device=device)
@@ -206,8 +207,8 @@ def pieces(batch: int, channels: int, size: int, outputs: int, device: str) -> d
     update = {"G": e, "learned_step": step}
     return {
         "perturbed_linear": lambda: ops.perturbed_linear(z[:, :, 0, 0], None, W[:, :, 0, 0], None, "relu", *key, B=B[:channels], **update),
-        "perturbed_conv2d": lambda: ops.perturbed_conv2d(z, q, W, None, *layer, *key, B=B, **update),
-        "perturbed_pointwise": lambda: ops.perturbed_pointwise(z, q, None, "relu", *window, step, 0, 0, batch, STD, "gaussian"),
+        "perturbed_conv2d": lambda: ops.perturbed_conv2d(z, dz, W, None, *layer, *key, B=B, **update),
+        "perturbed_pointwise": lambda: ops.perturbed_pointwise(z, dz, None, "relu", *window, step, 0, 0, batch, STD, "gaussian"),
         "feedback": lambda: ops.feedback(e, B, z, "relu"),
         "feedback_update": lambda: ops.feedback_update(B, None, e, None, None, None, step, None, 0, 0, 0, STD, "gaussian"),
         "noise": lambda: ops.noise(step, 0, 0, batch, len(B), STD, "gaussian"),

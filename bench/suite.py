@@ -193,12 +193,15 @@ def _tensors(problem: Problem) -> dict[str, Any]:
     R = random(n, k)
     Q = torch.linalg.solve(torch.eye(k, device=device) + R.T @ R, R.T).T.contiguous()
     w = random(n)
+    (x, dx), (z, dz) = ((random(n, *shape), random(n, *shape)) for shape in (layer.inputs, layer.outputs))
     return {
         "layer": own,
-        "x": random(n, *layer.inputs),
-        "p": random(n, *layer.inputs),
-        "z": random(n, *layer.outputs),
-        "q": random(n, *layer.outputs),
+        "x": x,
+        "dx": dx,
+        "p": x + dx,
+        "z": z,
+        "dz": dz,
+        "q": z + dz,
         "B": random(layer.units, k),
         "e": random(n, k),
         "R": R,
@@ -242,12 +245,12 @@ def _noise(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
 
 
 def _pointwise(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
-    """relu and noise on both streams; behind a convolution also 3x3/2 max-pooling with the places of the maxima."""
-    z, q, maps = t["z"], t["q"], t["z"].ndim == 4
+    """relu and noise, of activity and difference, eager of two streams; behind a convolution also 3x3/2 max-pooling with its winners."""
+    z, dz, q, maps = t["z"], t["dz"], t["q"], t["z"].ndim == 4
     window = ("max", False, *POOL) if maps else ("none", False, (1, 1), (1, 1), (0, 0))
 
     def ours(b: str) -> Step:
-        return lambda: ops.perturbed_pointwise(z, q, None, "relu", *window, t["step"], 0, 0, p.batch, STD, "gaussian", backend=b)
+        return lambda: ops.perturbed_pointwise(z, dz, None, "relu", *window, t["step"], 0, 0, p.batch, STD, "gaussian", backend=b)
 
     def eager(z: Tensor, q: Tensor) -> tuple[Tensor, ...]:
         if not maps:
@@ -262,23 +265,23 @@ def _pointwise(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
 
 
 def _layer(p: Problem, t: dict[str, Any]) -> dict[str, Provider]:
-    """The product, relu and noise on both streams."""
-    layer, x, q = t["layer"], t["x"], t["p"]
+    """The product, relu and noise, of activity and difference, the others on two streams."""
+    layer, x, dx = t["layer"], t["x"], t["dx"]
     key = (t["step"], 0, 0, p.batch, STD, "gaussian")
     macs, numel = 2 * p.batch * p.hardest.macs, p.batch * p.hardest.units
     work = Work(macs, 4 * (2 * x.numel() + 2 * numel + layer.weight.numel()))
 
     def ours(b: str) -> Step:
         if isinstance(layer, nn.Linear):
-            return lambda: ops.perturbed_linear(x, q, layer.weight, layer.bias, "relu", *key, backend=b)
+            return lambda: ops.perturbed_linear(x, dx, layer.weight, layer.bias, "relu", *key, backend=b)
         how = (layer.stride, layer.padding, layer.dilation, layer.groups, "relu", "none", False, (1, 1), (1, 1), (0, 0))
-        return lambda: ops.perturbed_conv2d(x, q, layer.weight, layer.bias, *how, *key, backend=b)
+        return lambda: ops.perturbed_conv2d(x, dx, layer.weight, layer.bias, *how, *key, backend=b)
 
     table = {f"ours, {b}": Provider(lambda b=b: ours(b), work) for b in backends(p.device)}
     for compiler in dict.fromkeys((None, p.compiler)):
         for cat in (False, True):
             name = ("compiled" if compiler else "eager") + ", cat" * cat
-            table[name] = Provider(functools.partial(rivals.Stacked, layer, x, q, STD, cat, compiler), work)
+            table[name] = Provider(functools.partial(rivals.Stacked, layer, x, t["p"], STD, cat, compiler), work)
     return table
 
 
@@ -413,7 +416,7 @@ def layer(problem: Problem) -> Case:
     """The hardest layer's part of a training step: ours and its rivals do both streams, relu, noise, the error through B, the gradients of
     W and b, and B's update; backprop and feedback alignment the forward pass, relu and all gradients."""
     t = _tensors(problem)
-    module, x, q, e, B, M, G = (t[name] for name in ("layer", "x", "p", "e", "B", "M", "G"))
+    module, x, dx, e, B, M, G = (t[name] for name in ("layer", "x", "dx", "e", "B", "M", "G"))
     n, k, macs, W = problem.batch, problem.classes, problem.batch * problem.hardest.macs, module.weight.numel()
     activities = n * (problem.hardest.units + math.prod(problem.hardest.inputs))
     own = len(B) * k * (2 * n + min(n, k))
@@ -427,11 +430,11 @@ def layer(problem: Problem) -> Case:
 
         def run() -> Any:
             if isinstance(module, nn.Linear):
-                out = fb.functional.perturbed_linear(x, q, module.weight, module.bias, activation="relu", update=update, backend=b, **key)
+                out = fb.functional.perturbed_linear(x, dx, module.weight, module.bias, activation="relu", update=update, backend=b, **key)
             else:
                 how = (module.stride, module.padding, module.dilation, module.groups)
                 out = fb.functional.perturbed_conv2d(
-                    x, q, module.weight, module.bias, *how, activation="relu", update=update, backend=b, **key
+                    x, dx, module.weight, module.bias, *how, activation="relu", update=update, backend=b, **key
                 )
             delta = fb.functional.feedback(e, B, out.h, "relu", backend=b)
             return out, rivals.weight_gradient(module, delta, x), delta.sum((0, 2, 3)[: delta.ndim - 1])
@@ -450,7 +453,7 @@ def layer(problem: Problem) -> Case:
     for compiler in dict.fromkeys((None, problem.compiler)):
         kind = "compiled" if compiler else "eager"
         for cat in (False, True):
-            build = functools.partial(rivals.learned_layer, module, x, q, e, B, M, G, STD, cat, compiler)
+            build = functools.partial(rivals.learned_layer, module, x, t["p"], e, B, M, G, STD, cat, compiler)
             table[kind + ", cat" * cat] = Provider(build, learned)
     table["backprop"] = Provider(lambda: rivals.backprop_layer(twin(), x, t["z"]), exact)
     if problem.compiler:

@@ -168,8 +168,8 @@ static std::pair<fbk::Storage, uint8_t> storage_of(const char* argument, const T
   return {single ? fbk::Storage::float32 : fbk::Storage::bfloat16, t.dtype.bits};
 }
 
-static void pointwise(const TensorView& z, const std::optional<TensorView>& q, const std::optional<TensorView>& scale,
-                      const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& p,
+static void pointwise(const TensorView& z, const std::optional<TensorView>& dz, const std::optional<TensorView>& scale,
+                      const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& d,
                       const std::optional<TensorView>& kept, const std::optional<TensorView>& winner,
                       const std::string& activation, const std::string& pool, bool pool_first, const Sizes& sizes,
                       const TensorView& step, int64_t seed, int64_t point, double std, const std::string& kind,
@@ -187,7 +187,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
   expect("z", z, in, code, bits, &z);
   expect("h", h, out, code, bits, &z);
-  require(p.has_value() == (rows > 0), "p must be given where rows > 0");
+  require(d.has_value() == (rows > 0), "d must be given where rows > 0");
   require(kept.has_value() == (phi == fbk::Activation::gelu && pooling != fbk::Pool::avg),
           "kept must be given for gelu alone, without average-pooling");
   require(winner.has_value() == (pooling == fbk::Pool::max), "winner must be given for max-pooling alone");
@@ -195,19 +195,19 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   if (winner) expect("winner", *winner, out, fbk::dl_uint, 8, &z);
   if (scale) expect("scale", *scale, {w.channels}, fbk::dl_float, 32, &z);
   if (bias) expect("bias", *bias, {w.channels}, fbk::dl_float, 32, &z);
-  int64_t perturbed = rows * (1 + antithetic);
-  in[0] = out[0] = perturbed;
-  if (p) expect("p", *p, out, code, bits, &z);
-  require(!q || p, "q must not be given without p");
-  if (q) expect("q", *q, in, code, bits, &z);
+  int64_t differences = rows * (1 + antithetic);
+  in[0] = out[0] = differences;
+  if (d) expect("d", *d, out, code, bits, &z);
+  require(!dz || d, "dz must not be given without d");
+  if (dz) expect("dz", *dz, in, code, bits, &z);
   auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params("z", z, nullptr, rows, w.units());
   auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
   fbk::PointwiseParams params{z.ptr<void>(),
-                              data(q),
+                              data(dz),
                               static_cast<float*>(data(scale)),
                               static_cast<float*>(data(bias)),
                               h.ptr<void>(),
-                              data(p),
+                              data(d),
                               data(kept),
                               static_cast<uint8_t*>(data(winner)),
                               storage,
@@ -216,7 +216,7 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
                               pooling,
                               w,
                               samples,
-                              perturbed,
+                              differences,
                               rows,
                               noise_kind,
                               noise};
@@ -227,11 +227,11 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& q, c
   fbk::pointwise_cpu(params, path, threads);
 }
 
-static void linear(const TensorView& x, const std::optional<TensorView>& p, const TensorView& weight,
-                   const std::optional<TensorView>& bias, const TensorView& h,
-                   const std::optional<TensorView>& perturbed, const std::optional<TensorView>& kept,
-                   const std::string& activation, const TensorView& step, int64_t seed, int64_t point, double std,
-                   const std::string& kind, int64_t rows, bool antithetic, int64_t offset) {
+static void linear(const TensorView& x, const std::optional<TensorView>& dx, const TensorView& weight,
+                   const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& d,
+                   const std::optional<TensorView>& kept, const std::string& activation, const TensorView& step,
+                   int64_t seed, int64_t point, double std, const std::string& kind, int64_t rows, bool antithetic,
+                   int64_t offset) {
   require(is_gpu(x), "x must be on a CUDA device");
   require(x.ndim == 2 && weight.ndim == 2, "x must be [samples, inputs] and weight [units, inputs]");
   const int64_t samples = x.shape[0], inputs = x.shape[1], units = weight.shape[0];
@@ -246,17 +246,16 @@ static void linear(const TensorView& x, const std::optional<TensorView>& p, cons
   b.activation = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
   b.window = {1, 1, 1, 1, units, 1, 1, 1, 1, 0, 0};
   b.samples = samples, b.noise_rows = rows, b.rows = rows * (1 + antithetic);
-  require(perturbed.has_value() == (rows > 0), "perturbed must be given where rows > 0");
-  require(!p || perturbed, "p must not be given without perturbed");
+  require(d.has_value() == (rows > 0), "d must be given where rows > 0");
+  require(!dx || d, "dx must not be given without d");
   require(kept.has_value() == (b.activation == fbk::Activation::gelu), "kept must be given for gelu alone");
   l.x = data("x", x, {samples, inputs});
-  l.p = data("p", p, {b.rows, inputs});
+  l.dx = data("dx", dx, {b.rows, inputs});
   l.weight = data("weight", weight, {units, inputs});
   l.inputs = inputs;
-  b.q = l.p;
   b.bias = data("bias", bias, {units});
   b.h = data("h", h, {samples, units});
-  b.p = data("perturbed", perturbed, {b.rows, units});
+  b.d = data("d", d, {b.rows, units});
   b.kept = data("kept", kept, {samples, units});
   std::tie(b.noise, b.kind) = NoiseKey{step, seed, point, std, kind, offset}.params("x", x, nullptr, rows, units);
   if (h.numel() == 0) return;
@@ -662,14 +661,15 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.def("noise", &noise, "out"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
         "simd"_a = "", "Fills out (float32 [samples, units]) with the noise of SPEC 6.");
-  m.def("pointwise", &pointwise, "z"_a, "q"_a.none(true), "scale"_a.none(true), "bias"_a.none(true), "h"_a,
-        "p"_a.none(true), "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a,
+  m.def("pointwise", &pointwise, "z"_a, "dz"_a.none(true), "scale"_a.none(true), "bias"_a.none(true), "h"_a,
+        "d"_a.none(true), "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a,
         "sizes"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0,
         "threads"_a = 1, "simd"_a = "",
-        "Bias, activation, pooling and noise of both streams; maps are [samples, height, width, channels].");
-  m.def("linear", &linear, "x"_a, "p"_a.none(true), "weight"_a, "bias"_a.none(true), "h"_a, "perturbed"_a.none(true),
+        "Bias, activation, pooling and noise of activity and difference; maps are [samples, height, width, channels].");
+  m.def("linear", &linear, "x"_a, "dx"_a.none(true), "weight"_a, "bias"_a.none(true), "h"_a, "d"_a.none(true),
         "kept"_a.none(true), "activation"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a,
-        "antithetic"_a = false, "offset"_a = 0, "A linear map, bias, activation and noise of both streams, on a GPU.");
+        "antithetic"_a = false, "offset"_a = 0,
+        "A linear map, bias, activation and noise of activity and difference, on a GPU.");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");
   m.def("feedback_update", &feedback_update, "B"_a, "out"_a.none(true), "M"_a.none(true), "G"_a.none(true),

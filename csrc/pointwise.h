@@ -5,7 +5,8 @@
 #include "dispatch.h"
 #include "noise.h"
 
-// What follows a library convolution or matrix product: bias, activation, pooling, noise, for both streams (SPEC 1).
+// What follows a library convolution or matrix product: bias, activation, pooling, noise, of the clean stream and of
+// the difference to the perturbed one (SPEC 1).
 namespace fbk {
 
 enum class Pool { none, max, avg };
@@ -20,10 +21,9 @@ struct Window {
 };
 
 struct PointwiseParams {
-  const void *z,
-      *q;  // [samples, height, width, channels], [rows, ...]; q is null where both streams are still the same
-  const float *scale, *bias;  // [channels] or null: a normalisation as scale * z + bias
-  void *h, *p;                // [samples, out_height, out_width, channels], [rows, ...]
+  const void *z, *dz;         // [samples, height, width, channels], [rows, ...]; dz is null where it is zero
+  const float *scale, *bias;  // [channels] or null: a normalisation as scale * z + bias and scale * dz
+  void *h, *d;                // [samples, out_height, out_width, channels], [rows, ...]
   void* kept;                 // like h: the pre-activation behind each output of gelu; null otherwise
   uint8_t* winner;  // like h: the place in its window that max-pooling took, kernel_w * y + x; null without max-pooling
   Storage storage;
@@ -35,8 +35,6 @@ struct PointwiseParams {
   int64_t noise_rows;
   NoiseKind kind;
   NoiseParams noise;  // out unused; first is of sample 0
-
-  FBK_INLINE bool perturbs() const { return rows > 0; }
 };
 
 struct UnpoolParams {
@@ -53,9 +51,8 @@ void unpool_cpu(const UnpoolParams& params, Simd simd, int threads);
 void pointwise_cuda(const PointwiseParams& params, int device, void* stream);  // of float32, as is unpool_cuda
 void unpool_cuda(const UnpoolParams& params, int device, void* stream);
 
-// units [first, last) of one row of the clean stream (and of the perturbed one, where q is null) or of the perturbed
-// one
-FBK_SIMD_DECLARE(void pointwise(const PointwiseParams&, bool perturbed, int64_t row, int64_t first, int64_t last))
+// units [first, last) of h of one sample, and of d where there is one
+FBK_SIMD_DECLARE(void pointwise(const PointwiseParams&, int64_t sample, int64_t first, int64_t last))
 FBK_SIMD_DECLARE(void unpool(const UnpoolParams&, int64_t sample))
 
 }  // namespace fbk

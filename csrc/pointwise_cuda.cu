@@ -17,9 +17,10 @@ __device__ inline float phi_of(Activation kind, float z) {
   return with_activation(kind, [z]<Activation phi>() { return activate<phi>(z); });
 }
 
+// dz: null where it is zero
 template <int width>
-__device__ inline Pooled pooled(const PointwiseParams& p, const float* map, int64_t y, int64_t x, int64_t c,
-                                Activation inner) {
+__device__ inline Pooled pooled(const PointwiseParams& p, const float* map, const float* dz, int64_t y, int64_t x,
+                                int64_t c, Activation inner) {
   const Window& w = p.window;
   const bool average = p.pool == Pool::avg;
   Pooled best{{}, {}, {-1, -1, -1, -1}};
@@ -29,10 +30,11 @@ __device__ inline Pooled pooled(const PointwiseParams& p, const float* map, int6
   for (int64_t ky = 0; ky < w.kernel_h; ++ky)
     for (int64_t kx = 0; kx < w.kernel_w; ++kx) {
       if (y0 + ky < 0 || y0 + ky >= w.height || x0 + kx < 0 || x0 + kx >= w.width) continue;
-      const Quad<float> loaded = load_quad(map + ((y0 + ky) * w.width + x0 + kx) * w.channels + c, width);
+      const int64_t at = ((y0 + ky) * w.width + x0 + kx) * w.channels + c;
+      const Quad<float> loaded = load_quad(map + at, width), change = dz ? load_quad(dz + at, width) : Quad<float>{};
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        const float z = fma(loaded.v[i], scale.v[i], bias.v[i]), v = phi_of(inner, z);
+        const float z = fma(change.v[i], scale.v[i], fma(loaded.v[i], scale.v[i], bias.v[i])), v = phi_of(inner, z);
         // the first place that is inside, later ones if they are larger; not-a-number wins as it does in torch
         const bool takes = best.place.v[i] < 0 || v > best.v.v[i] || v != v;
         best.v.v[i] = average ? best.v.v[i] + v : takes ? v : best.v.v[i];
@@ -45,37 +47,58 @@ __device__ inline Pooled pooled(const PointwiseParams& p, const float* map, int6
   return best;
 }
 
-// A thread has four neighbouring units of a sample, which share a counter; they are channels of one place where
-// channels come in fours.
+// Four neighbouring units of a sample from u on, behind both.
 template <int width>
-__global__ void __launch_bounds__(block) pointwise_kernel(PointwiseParams p) {
+__device__ inline Pooled activity(const PointwiseParams& p, const float* map, const float* dz, int64_t u) {
   const Window& w = p.window;
-  const int64_t units = w.units(), quads = (units + 3) / 4, rows = p.samples + (p.q ? p.rows : 0);
-  const int64_t t = int64_t(blockIdx.x) * block + threadIdx.x;
-  if (t >= rows * quads) return;
-  int64_t row = t / quads, u = (t - row * quads) * 4;
-  const bool perturbed = row >= p.samples;
-  if (perturbed) row -= p.samples;
-  const float* map = static_cast<const float*>(perturbed ? p.q : p.z) + row * w.height * w.width * w.channels;
   // max-pooling commutes with what does not decrease: one activation a window
   const bool inside =
       p.pool != Pool::none && !p.pool_first && (p.pool == Pool::avg || p.activation == Activation::gelu);
   const Activation inner = inside ? p.activation : Activation::identity;
   const Activation outer = inside ? Activation::identity : p.activation;
-  Quad<float> z{}, v{};
-  Quad<uint8_t> place{};
+  Pooled all{};
 #pragma unroll
   for (int i = 0; i < 4; i += width) {
-    if (u + i >= units) continue;
+    if (u + i >= w.units()) continue;
     const int64_t pixel = (u + i) / w.channels, c = u + i - pixel * w.channels, y = pixel / w.out_width;
-    const Pooled best = pooled<width>(p, map, y, pixel - y * w.out_width, c, inner);
+    const Pooled best = pooled<width>(p, map, dz, y, pixel - y * w.out_width, c, inner);
     for (int j = 0; j < width; ++j)
-      z.v[i + j] = best.z.v[j], v.v[i + j] = best.v.v[j], place.v[i + j] = uint8_t(best.place.v[j]);
+      all.z.v[i + j] = best.z.v[j], all.v.v[i + j] = best.v.v[j], all.place.v[i + j] = best.place.v[j];
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v.v[i] = phi_of(outer, v.v[i]);
-  if (p.winner && !perturbed) store_quad(p.winner + row * units + u, place, units - u);
-  store_activity(p, perturbed, row, u, z, v);
+  for (int i = 0; i < 4; ++i) all.v.v[i] = phi_of(outer, all.v.v[i]);
+  return all;
+}
+
+// A thread has four neighbouring units of a sample, which share a counter; they are channels of one place where
+// channels come in fours. It reads z again for each difference, from the cache, and needs fewer registers than for all
+// at once.
+template <int width>
+__global__ void __launch_bounds__(block, 3) pointwise_kernel(PointwiseParams p) {
+  const int64_t units = p.window.units(), quads = (units + 3) / 4;
+  const int64_t size = p.window.height * p.window.width * p.window.channels;
+  const int64_t t = int64_t(blockIdx.x) * block + threadIdx.x;
+  if (t >= p.samples * quads) return;
+  const int64_t sample = t / quads, u = (t - sample * quads) * 4;
+  const float* map = static_cast<const float*>(p.z) + sample * size;
+  const Pooled clean = activity<width>(p, map, nullptr, u);
+  if (p.winner) {
+    Quad<uint8_t> place;
+    for (int i = 0; i < 4; ++i) place.v[i] = uint8_t(clean.place.v[i]);
+    store_quad(p.winner + sample * units + u, place, units - u);
+  }
+  store_activity(p, sample, u, clean.z, clean.v);
+  if (sample >= p.noise_rows) return;
+  const Quad<float> xi = noise_quad(p.noise, p.kind, sample, u);
+#pragma unroll 1
+  for (int64_t row = sample; row < p.rows; row += p.noise_rows) {
+    Quad<float> change{};
+    if (p.dz) {
+      const Pooled moved = activity<width>(p, map, static_cast<const float*>(p.dz) + row * size, u);
+      for (int i = 0; i < 4; ++i) change.v[i] = add(moved.v.v[i], -clean.v.v[i]);
+    }
+    store_difference(p, row, u, change, xi);
+  }
 }
 
 template <int width>
@@ -109,7 +132,7 @@ int64_t blocks(int64_t items) { return (items + block - 1) / block; }
 
 void pointwise_cuda(const PointwiseParams& p, int device, void* stream) {
   DeviceGuard guard(device);
-  const int64_t items = (p.samples + (p.q ? p.rows : 0)) * ((p.window.units() + 3) / 4);
+  const int64_t items = p.samples * ((p.window.units() + 3) / 4);
   launch(p.window.channels % 4 == 0 ? pointwise_kernel<4> : pointwise_kernel<1>, blocks(items), block, 0, stream, p);
 }
 

@@ -17,49 +17,71 @@ FBK_INLINE void store_some(T* to, f32v v, int64_t n) {
   n >= lanes ? store(to, v) : store(to, v, n);
 }
 
-// What one window gives for a vector of channels, [n <= lanes]; inner: the activation that comes before the pooling
-template <class T, Pool pool, Activation inner>
-FBK_INLINE f32v pooled(const Window& w, const T* map, f32v scale, f32v bias, int64_t y, int64_t x, int64_t c, int64_t n,
-                       f32v& z_won, i32v& won) {
+// What a window gives for a vector of channels, behind scale, bias and the activation before the pooling.
+struct Pooled {
+  f32v z, v;
+  f32v moved[2];  // v of z + dz, of each sign
+  i32v won;
+};
+
+template <Pool pool>
+FBK_INLINE f32v pool_in(f32v best, f32v v) {
+  if constexpr (pool == Pool::avg) return best + v;
+  return ((v > best) | (v != v)) ? v : best;
+}
+
+// [n <= lanes] channels; inner: the activation that comes before the pooling; differs: whether there are differences,
+// of which the second may be null
+template <class T, Pool pool, Activation inner, bool differs>
+FBK_INLINE Pooled pooled(const Window& w, const T* map, const T* const (&differences)[2], f32v scale, f32v bias,
+                         int64_t y, int64_t x, int64_t c, int64_t n) {
   int64_t y0 = y * w.stride_h - w.padding_h, x0 = x * w.stride_w - w.padding_w;
   int64_t ky0 = y0 < 0 ? -y0 : 0, ky1 = w.height - y0 < w.kernel_h ? w.height - y0 : w.kernel_h;
   int64_t kx0 = x0 < 0 ? -x0 : 0, kx1 = w.width - x0 < w.kernel_w ? w.width - x0 : w.kernel_w;
-  f32v best = broadcast(pool == Pool::avg ? 0.0f : -__builtin_inff());
-  won = i32v{} + int32_t(ky0 * w.kernel_w + kx0);
+  f32v none = broadcast(pool == Pool::avg ? 0.0f : -__builtin_inff());
+  Pooled best{{}, none, {none, none}, i32v{} + int32_t(ky0 * w.kernel_w + kx0)};
   for (int64_t ky = ky0; ky < ky1; ++ky)
     for (int64_t kx = kx0; kx < kx1; ++kx) {
-      f32v z = mul_add(load_some(map + ((y0 + ky) * w.width + x0 + kx) * w.channels + c, n), scale, bias);
-      f32v v = activate<inner>(z);
-      if constexpr (pool == Pool::avg) {
-        best += v;
-      } else {
-        i32v takes = (v > best) | (v != v);
-        best = takes ? v : best;
-        if constexpr (inner != Activation::identity) z_won = takes ? z : z_won;
-        won = takes ? i32v{} + int32_t(ky * w.kernel_w + kx) : won;
+      int64_t at = ((y0 + ky) * w.width + x0 + kx) * w.channels + c;
+      f32v z = mul_add(load_some(map + at, n), scale, bias), v = activate<inner>(z);
+      if constexpr (pool != Pool::avg) {
+        i32v takes = (v > best.v) | (v != v);
+        if constexpr (inner != Activation::identity) best.z = takes ? z : best.z;
+        best.won = takes ? i32v{} + int32_t(ky * w.kernel_w + kx) : best.won;
       }
+      best.v = pool_in<pool>(best.v, v);
+      for (int i = 0; i < 2; ++i)
+        if (differs && differences[i]) {
+          f32v moved = activate<inner>(mul_add(load_some(differences[i] + at, n), scale, z));
+          best.moved[i] = pool_in<pool>(best.moved[i], moved);
+        }
     }
-  if constexpr (pool == Pool::avg)
-    best *= 1.0f / float(w.kernel_h * w.kernel_w);  // padding counts, as it does in torch
-  if constexpr (inner == Activation::identity) z_won = best;
+  if constexpr (pool == Pool::avg) {  // padding counts, as it does in torch
+    float part = 1.0f / float(w.kernel_h * w.kernel_w);
+    best.v *= part, best.moved[0] *= part, best.moved[1] *= part;
+  }
+  if constexpr (inner == Activation::identity) best.z = best.v;
   return best;
 }
 
 template <class T, Pool pool, Activation inner, Activation outer>
-static void run(const PointwiseParams& p, bool perturbed, int64_t row, int64_t first, int64_t last) {
+static void run(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   const Window& w = p.window;
   int64_t units = w.units(), pixels = w.height * w.width * w.channels;
-  const T* map = static_cast<const T*>(perturbed ? p.q : p.z) + row * pixels;
-  T* h = static_cast<T*>(perturbed ? p.p : p.h) + row * units;
-  T* kept = perturbed || !p.kept ? nullptr : static_cast<T*>(p.kept) + row * units;
-  uint8_t* winner = perturbed || !p.winner ? nullptr : p.winner + row * units;
+  const T* map = static_cast<const T*>(p.z) + sample * pixels;
+  T* h = static_cast<T*>(p.h) + sample * units;
+  T* kept = p.kept ? static_cast<T*>(p.kept) + sample * units : nullptr;
+  uint8_t* winner = p.winner ? p.winner + sample * units : nullptr;
 
-  // the noise of this row of the perturbed stream, or of the row that branches off here
+  // the rows of this sample's differences, of +xi and of -xi
   float xi[block];
-  T *plus = nullptr, *minus = nullptr;
-  float sign = 1.0f;
-  if (perturbed ? true : !p.q && row < p.noise_rows) {
-    int64_t sample = row % p.noise_rows;
+  T* d[2] = {};
+  const T* dz[2] = {};
+  if (sample < p.noise_rows) {
+    for (int64_t i = 0, row = sample; row < p.rows; ++i, row += p.noise_rows) {
+      d[i] = static_cast<T*>(p.d) + row * units;
+      dz[i] = p.dz ? static_cast<const T*>(p.dz) + row * pixels : nullptr;
+    }
     NoiseParams n = p.noise;
     n.out = xi;
     n.samples = 1;
@@ -68,12 +90,6 @@ static void run(const PointwiseParams& p, bool perturbed, int64_t row, int64_t f
         uint64_t(sample) * uint64_t(n.per_sample(p.kind)) + uint64_t(first / (p.kind == NoiseKind::gaussian ? 4 : 128));
     n.units = last - first;
     noise(n, p.kind, 0, n.per_sample(p.kind));
-    if (perturbed) {
-      sign = row < p.noise_rows ? 1.0f : -1.0f;
-    } else {
-      plus = static_cast<T*>(p.p) + row * units;
-      minus = p.rows > p.noise_rows ? plus + p.noise_rows * units : nullptr;
-    }
   }
 
   for (int64_t u = first; u < last;) {
@@ -83,68 +99,64 @@ static void run(const PointwiseParams& p, bool perturbed, int64_t row, int64_t f
       int64_t n = end - c;
       f32v scale = p.scale ? load_some(p.scale + c, n) : broadcast(1.0f);
       f32v bias = p.bias ? load_some(p.bias + c, n) : f32v{};
-      f32v z{};
-      i32v won;
-      f32v v = pooled<T, pool, inner>(w, map, scale, bias, y, x, c, n, z, won);
-      v = activate<outer>(v);
-      if (kept) store_some(kept + u, z, n);
+      Pooled best = dz[0] ? pooled<T, pool, inner, true>(w, map, dz, scale, bias, y, x, c, n)
+                          : pooled<T, pool, inner, false>(w, map, dz, scale, bias, y, x, c, n);
+      f32v v = activate<outer>(best.v);
+      store_some(h + u, v, n);
+      if (kept) store_some(kept + u, best.z, n);
       if (winner) {
-        u8v places = __builtin_convertvector(won, u8v);
+        u8v places = __builtin_convertvector(best.won, u8v);
         memcpy(winner + u, &places, size_t(n < lanes ? n : lanes));
       }
-      if (perturbed) {
-        store_some(h + u, v + sign * load_some(xi + u - first, n), n);
-        continue;
-      }
-      store_some(h + u, v, n);
-      if (plus) {
-        f32v noise = load_some(xi + u - first, n);
-        store_some(plus + u, v + noise, n);
-        if (minus) store_some(minus + u, v - noise, n);
-      }
+      if (!d[0]) continue;
+      f32v noise = load_some(xi + u - first, n);
+      for (int i = 0; i < 2; ++i)
+        if (d[i]) {
+          f32v change = dz[i] ? activate<outer>(best.moved[i]) - v : f32v{};
+          store_some(d[i] + u, i ? change - noise : change + noise, n);
+        }
     }
     u -= c - end;
   }
 }
 
 template <class T, Activation activation>
-static void choose(const PointwiseParams& p, bool perturbed, int64_t row, int64_t first, int64_t last) {
+static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   constexpr Activation none = Activation::identity;
   // max-pooling commutes with what does not decrease: 1 activation for a window instead of one for each of its places
   constexpr bool monotone = activation != Activation::gelu;
   if (p.pool == Pool::none) {
-    run<T, Pool::none, none, activation>(p, perturbed, row, first, last);
+    run<T, Pool::none, none, activation>(p, sample, first, last);
   } else if (p.pool == Pool::max) {
     if (monotone || p.pool_first)
-      run<T, Pool::max, none, activation>(p, perturbed, row, first, last);
+      run<T, Pool::max, none, activation>(p, sample, first, last);
     else
-      run<T, Pool::max, activation, none>(p, perturbed, row, first, last);
+      run<T, Pool::max, activation, none>(p, sample, first, last);
   } else if (p.pool_first) {
-    run<T, Pool::avg, none, activation>(p, perturbed, row, first, last);
+    run<T, Pool::avg, none, activation>(p, sample, first, last);
   } else {
-    run<T, Pool::avg, activation, none>(p, perturbed, row, first, last);
+    run<T, Pool::avg, activation, none>(p, sample, first, last);
   }
 }
 
 template <class T>
-static void choose(const PointwiseParams& p, bool perturbed, int64_t row, int64_t first, int64_t last) {
+static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   switch (p.activation) {
     case Activation::identity:
-      return choose<T, Activation::identity>(p, perturbed, row, first, last);
+      return choose<T, Activation::identity>(p, sample, first, last);
     case Activation::relu:
-      return choose<T, Activation::relu>(p, perturbed, row, first, last);
+      return choose<T, Activation::relu>(p, sample, first, last);
     case Activation::tanh:
-      return choose<T, Activation::tanh>(p, perturbed, row, first, last);
+      return choose<T, Activation::tanh>(p, sample, first, last);
     case Activation::sigmoid:
-      return choose<T, Activation::sigmoid>(p, perturbed, row, first, last);
+      return choose<T, Activation::sigmoid>(p, sample, first, last);
     case Activation::gelu:
-      return choose<T, Activation::gelu>(p, perturbed, row, first, last);
+      return choose<T, Activation::gelu>(p, sample, first, last);
   }
 }
 
-void pointwise(const PointwiseParams& p, bool perturbed, int64_t row, int64_t first, int64_t last) {
-  p.storage == Storage::float32 ? choose<float>(p, perturbed, row, first, last)
-                                : choose<bf16>(p, perturbed, row, first, last);
+void pointwise(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
+  p.storage == Storage::float32 ? choose<float>(p, sample, first, last) : choose<bf16>(p, sample, first, last);
 }
 
 template <class T>

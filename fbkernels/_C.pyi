@@ -16,11 +16,11 @@ def noise(
 ) -> None: ...
 def pointwise(
     z: Tensor,
-    q: Tensor | None,
+    dz: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     h: Tensor,
-    p: Tensor | None,
+    d: Tensor | None,
     kept: Tensor | None,
     winner: Tensor | None,
     activation: str,
@@ -40,11 +40,11 @@ def pointwise(
 ) -> None: ...
 def linear(
     x: Tensor,
-    p: Tensor | None,
+    dx: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     h: Tensor,
-    perturbed: Tensor | None,
+    d: Tensor | None,
     kept: Tensor | None,
     activation: str,
     step: Tensor,

@@ -177,6 +177,35 @@ def pointwise(
     return phi(won), won if activation == "gelu" else none, place.to(torch.uint8)
 
 
+def perturbed_pointwise(
+    z: Tensor,
+    dz: Tensor | None,
+    xi: Tensor,
+    antithetic: bool,
+    bias: Tensor | None,
+    activation: str,
+    pool: str,
+    pool_first: bool,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``pointwise`` of z, and beside h its difference to the perturbed activity (SPEC 1): h, d, kept, winner.
+
+    d = pool(phi(scale (z + dz) + bias)) - pool(phi(scale z + bias)) + xi of the first samples, as many as xi has; with ``antithetic``
+    twice, then with -xi. dz has the rows of d, None for 0. All of it in float32 (float64), and then rounded to the dtype of z.
+    """
+    exact, rows, signs = torch.promote_types(z.dtype, torch.float32), len(xi), 1 + antithetic
+    how = (bias, activation, pool, pool_first, kernel_size, stride, padding, scale)
+    h, kept, winner = pointwise(z.to(exact), *how)
+    d = torch.cat((xi, -xi)) if antithetic else xi
+    if dz is not None:
+        moved = pointwise(torch.cat([z[:rows].to(exact)] * signs) + dz.to(exact), *how)[0]
+        d = moved - torch.cat([h[:rows]] * signs) + d
+    return h.to(z.dtype), d.to(z.dtype), kept.to(z.dtype), winner
+
+
 def unpool(
     delta: Tensor, winner: Tensor, size: Sequence[int], kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:

@@ -96,10 +96,10 @@ def noise_tile(sample, first, step, seed, point, std, units, KIND: tl.constexpr,
 
 
 @triton.jit
-def store_perturbed(
-    perturbed,  # [perturbed_rows, units]
-    b_h,  # [BM, BN] the activity of a tile, of the clean or of the perturbed stream
-    clean,
+def store_difference(
+    d,  # [rows, units], with ANTITHETIC [2 rows, units]
+    plus,  # [BM, BN] how much the activity of a tile changes without the noise of its point; None: not at all
+    minus,  # with ANTITHETIC the same under -xi
     sample,
     unit,
     o_h,
@@ -111,27 +111,18 @@ def store_perturbed(
     point,
     std,
     offset,
-    FIRST: tl.constexpr,
     ANTITHETIC: tl.constexpr,
     KIND: tl.constexpr,
     SHARED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """The activity with its noise: of a perturbed tile, or, where both streams are still the same (``FIRST``), of a clean one."""
-    dtype = perturbed.dtype.element_ty
-    if FIRST:
-        xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, units, KIND, SHARED, BN)
-        m_p = m_h & (sample < rows)[:, None]
-        tl.store(perturbed + o_h, (b_h + xi).to(dtype), mask=m_p)
-        if ANTITHETIC:
-            tl.store(perturbed + tl.cast(rows, tl.int64) * units + o_h, (b_h - xi).to(dtype), mask=m_p)
-    elif not clean:
-        sign = tl.full(sample.shape, 1.0, tl.float32)
-        if ANTITHETIC:
-            sign = tl.where(sample < rows, 1.0, -1.0)
-            sample %= rows
-        xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, units, KIND, SHARED, BN)
-        tl.store(perturbed + o_h, (b_h + sign[:, None] * xi).to(dtype), mask=m_h)
+    """The differences of a tile, with their noise."""
+    dtype = d.dtype.element_ty
+    xi = noise_tile(sample.to(tl.int64) + offset, unit, tl.load(step), seed, point, std, units, KIND, SHARED, BN)
+    m_d = m_h & (sample < rows)[:, None]
+    tl.store(d + o_h, (xi if plus is None else plus + xi).to(dtype), mask=m_d)
+    if ANTITHETIC:
+        tl.store(d + tl.cast(rows, tl.int64) * units + o_h, (-xi if minus is None else minus - xi).to(dtype), mask=m_d)
 
 
 @triton.jit(do_not_specialize=["seed", "point", "offset"])

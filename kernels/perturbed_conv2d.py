@@ -1,4 +1,4 @@
-"""A convolution up to its feedback point in one launch: both streams, bias, phi, noise, the update of B, the prediction Xi B."""
+"""A convolution up to its feedback point in one launch: activity and difference, bias, phi, noise, the update of B, the prediction Xi B."""
 
 from __future__ import annotations
 
@@ -12,19 +12,77 @@ from torch import Tensor
 
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Plan, precision, update_tile
-from fbkernels.kernels.noise import shared, store_perturbed
+from fbkernels.kernels.noise import shared, store_difference
 from fbkernels.ops import tuning
+
+
+@triton.jit
+def patch(
+    source,
+    o_m,
+    total,
+    k,
+    group,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    stride_y,
+    stride_x,
+    padding_y,
+    padding_x,
+    dilation_y,
+    dilation_x,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FLAT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """What the output positions ``o_m`` read of the k-th part of their patches, [BM, BK]."""
+    size = out_height * out_width
+    group_channels = channels // GROUPS
+    sample, position = o_m // size, o_m % size
+    top, left = position // out_width * stride_y - padding_y, position % out_width * stride_x - padding_x
+    p_x = source + (sample.to(tl.int64) * height * width * channels)[:, None] + group * group_channels  # [BM, 1]
+    if FLAT:
+        o_k = k * BK + tl.arange(0, BK)
+        tap, o_c = o_k // group_channels, o_k % group_channels
+        y = top[:, None] + (tap // KW * dilation_y)[None, :]
+        x = left[:, None] + (tap % KW * dilation_x)[None, :]
+        m_k = tap < KH * KW
+    else:
+        blocks = tl.cdiv(group_channels, BK)
+        tap = k // blocks
+        o_c = k % blocks * BK + tl.arange(0, BK)
+        y = (top + tap // KW * dilation_y)[:, None]
+        x = (left + tap % KW * dilation_x)[:, None]
+        m_k = o_c < group_channels
+    inside = (o_m < total)[:, None] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return tl.load(p_x + (y * width + x) * channels + o_c[None, :], mask=inside & m_k[None, :], other=0.0)
+
+
+@triton.jit
+def store_activity(h, kept, z, o_m, total, o_n, m_n, outputs, ACTIVATION: tl.constexpr):
+    o_h = o_m.to(tl.int64)[:, None] * outputs + o_n[None, :]
+    m_h = (o_m < total)[:, None] & m_n[None, :]
+    if kept is not None:
+        tl.store(kept + o_h, z.to(kept.dtype.element_ty), mask=m_h)
+    activity = phi(z, ACTIVATION)
+    tl.store(h + o_h, activity.to(h.dtype.element_ty), mask=m_h)
+    return activity
 
 
 @triton.jit
 def convolution_tile(
     i_t,
     x,  # [samples, height, width, channels]
-    p,  # [perturbed_rows, height, width, channels]
+    dx,  # [rows, height, width, channels], with ANTITHETIC [2 rows, ...]
     weight,  # [outputs, KH, KW, channels / GROUPS]
     bias,  # [outputs]
     h,  # [samples, out_height, out_width, outputs]
-    perturbed,  # [perturbed_rows, out_height, out_width, outputs]
+    d,  # [rows, out_height, out_width, outputs], with ANTITHETIC [2 rows, ...]
     kept,  # like h
     step,
     seed,
@@ -58,14 +116,13 @@ def convolution_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """An implicit GEMM over BM positions of one stream and BN output channels. Tiles of both streams run side by side, so that the
-    second finds the weight in L2; the matrix instructions read as much as those of a tile twice as high for both."""
+    """An implicit GEMM over BM positions and BN output channels; with dx over BM positions of z and of each dz there, which read the
+    weight once, or, where the samples are not perturbed, over as many more of z."""
     size = out_height * out_width
-    clean_tiles = tl.cdiv(samples * size, BM)
-    tiles = clean_tiles
-    if p is not None:
-        perturbed_rows = 2 * rows if ANTITHETIC else rows
-        tiles += tl.cdiv(perturbed_rows * size, BM)
+    PARTS: tl.constexpr = 1 if dx is None else (3 if ANTITHETIC else 2)
+    perturbed = rows if dx is not None else samples
+    perturbed_tiles = tl.cdiv(perturbed * size, BM)
+    tiles = perturbed_tiles + tl.cdiv((samples - perturbed) * size, PARTS * BM)
     group_channels, group_outputs = channels // GROUPS, outputs // GROUPS
     columns = tl.cdiv(group_outputs, BN)
     # 8 tiles of rows by all columns: what they read stays in L2
@@ -76,70 +133,85 @@ def convolution_tile(
     o_n = i_n % columns * BN + tl.arange(0, BN)
     m_n = o_n < group_outputs
     o_n += group * group_outputs
-
-    clean = i_m < clean_tiles
-    source, total = x, samples * size
-    if p is not None:
-        if not clean:
-            i_m -= clean_tiles
-            source = p
-            total = perturbed_rows * size
-    o_m = i_m * BM + tl.arange(0, BM)
-    m_m = o_m < total
-    sample, position = o_m // size, o_m % size
-    top, left = position // out_width * stride_y - padding_y, position % out_width * stride_x - padding_x
-    p_x = source + (sample.to(tl.int64) * height * width * channels)[:, None] + group * group_channels  # [BM, 1]
     o_w = o_n.to(tl.int64) * (KH * KW * group_channels)
 
+    differs = i_m < perturbed_tiles
+    m, total, source, mirror, ahead = i_m * BM, perturbed * size, x, x, 0
+    if dx is not None:
+        if differs:
+            source = dx
+            mirror = dx + tl.cast(rows, tl.int64) * height * width * channels
+        else:
+            m = total + (i_m - perturbed_tiles) * PARTS * BM
+            total = samples * size
+            ahead = BM
+    o_m = m + tl.arange(0, BM)
     acc = tl.zeros([BM, BN], tl.float32)
+    plus = acc
+    minus = acc
     for k in range(0, tl.cdiv(KH * KW * group_channels, BK) if FLAT else KH * KW * tl.cdiv(group_channels, BK)):
         if FLAT:  # few channels: a tile of the patch reaches over several places of the kernel
             o_k = k * BK + tl.arange(0, BK)
-            tap, o_c = o_k // group_channels, o_k % group_channels
-            y = top[:, None] + (tap // KW * dilation_y)[None, :]
-            x_ = left[:, None] + (tap % KW * dilation_x)[None, :]
-            m_k = tap < KH * KW
+            m_k = o_k < KH * KW * group_channels
         else:
             blocks = tl.cdiv(group_channels, BK)
-            tap = k // blocks
             o_c = k % blocks * BK + tl.arange(0, BK)
-            y = (top + tap // KW * dilation_y)[:, None]
-            x_ = (left + tap % KW * dilation_x)[:, None]
             m_k = o_c < group_channels
-            o_k = tap * group_channels + o_c
-        inside = m_m[:, None] & (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
-        b_x = tl.load(p_x + (y * width + x_) * channels + o_c[None, :], mask=inside & m_k[None, :], other=0.0)  # [BM, BK]
+            o_k = k // blocks * group_channels + o_c
         b_w = tl.load(weight + o_w[None, :] + o_k[:, None], mask=m_n[None, :] & m_k[:, None], other=0.0)  # [BK, BN]
-        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
-
-    if bias is not None:
-        acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_h = o_m.to(tl.int64)[:, None] * outputs + o_n[None, :]
-    m_h = m_m[:, None] & m_n[None, :]
-    if kept is not None:
-        if clean:
-            tl.store(kept + o_h, acc.to(kept.dtype.element_ty), mask=m_h)
-    acc = phi(acc, ACTIVATION)
-    if clean:
-        tl.store(h + o_h, acc.to(h.dtype.element_ty), mask=m_h)
-    if perturbed is not None:
-        unit = (position * outputs + group * group_outputs).to(tl.int64) + i_n % columns * BN
         # fmt: off
-        store_perturbed(
-            perturbed, acc, clean, sample, unit, o_h, m_h, size * outputs, rows, step, seed, point, std, offset, p is None, ANTITHETIC,
-            KIND, SHARED, BN,
+        b_x = patch(
+            x, o_m, total, k, group, height, width, channels, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y,
+            dilation_x, KH, KW, GROUPS, FLAT, BK,
         )
+        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
+        if dx is not None:
+            b_x = patch(
+                source, o_m + ahead, total, k, group, height, width, channels, out_height, out_width, stride_y, stride_x, padding_y,
+                padding_x, dilation_y, dilation_x, KH, KW, GROUPS, FLAT, BK,
+            )
+            plus = tl.dot(b_x, b_w, plus, input_precision=PRECISION)
+            if ANTITHETIC:
+                b_x = patch(
+                    mirror, o_m + 2 * ahead, total, k, group, height, width, channels, out_height, out_width, stride_y, stride_x,
+                    padding_y, padding_x, dilation_y, dilation_x, KH, KW, GROUPS, FLAT, BK,
+                )
+                minus = tl.dot(b_x, b_w, minus, input_precision=PRECISION)
         # fmt: on
+
+    b_bias = tl.zeros([1, BN], tl.float32)
+    if bias is not None:
+        b_bias = tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    acc += b_bias
+    activity = store_activity(h, kept, acc, o_m, total, o_n, m_n, outputs, ACTIVATION)
+    if d is not None:
+        if differs & (m < rows * size):
+            sample, position = o_m // size, o_m % size
+            unit = (position * outputs + group * group_outputs).to(tl.int64) + i_n % columns * BN
+            o_h = o_m.to(tl.int64)[:, None] * outputs + o_n[None, :]
+            # fmt: off
+            store_difference(
+                d, None if dx is None else phi(acc + plus, ACTIVATION) - activity,
+                None if dx is None or not ANTITHETIC else phi(acc + minus, ACTIVATION) - activity,
+                sample, unit, o_h, (o_m < total)[:, None] & m_n[None, :], size * outputs, rows, step, seed, point, std, offset,
+                ANTITHETIC, KIND, SHARED, BN,
+            )
+            # fmt: on
+    if dx is not None:
+        if not differs:
+            store_activity(h, kept, plus + b_bias, o_m + BM, total, o_n, m_n, outputs, ACTIVATION)
+            if ANTITHETIC:
+                store_activity(h, kept, minus + b_bias, o_m + 2 * BM, total, o_n, m_n, outputs, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["seed", "point", "offset"])
 def perturbed_conv2d_kernel(
     x,
-    p,
+    dx,
     weight,
     bias,
     h,
-    perturbed,
+    d,
     kept,
     step,
     seed,
@@ -203,21 +275,28 @@ def perturbed_conv2d_kernel(
             )
     if i_t >= update_tiles:
         convolution_tile(
-            i_t - update_tiles, x, p, weight, bias, h, perturbed, kept, step, seed, point, std, offset, samples, rows, height, width,
+            i_t - update_tiles, x, dx, weight, bias, h, d, kept, step, seed, point, std, offset, samples, rows, height, width,
             channels, out_height, out_width, outputs, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, KH, KW, GROUPS,
             ANTITHETIC, ACTIVATION, KIND, SHARED, PRECISION, FLAT, BM, BN, BK,
         )
     # fmt: on
 
 
-def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
-    """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/ops/test_aot.py), the default first."""
+def configurations(dtype: torch.dtype, parts: int) -> list[dict[str, int]]:
+    """Tiles that neither spill nor exceed the shared memory beside those of B's update (tests/ops/test_aot.py), the default first.
+
+    parts: tiles of BM rows that a program has, 1 without dx, 2 with it, 3 with both signs.
+    """
+    hopper = tuning.capability() >= 90
     if dtype != torch.float32:
-        # 128 x 128 spills: its noise and phi beside its sums
-        BK = 64 if tuning.capability() >= 90 else 32
-        tiles = [(128, 64, BK, 8, 4), (64, 128, BK, 8, 4)]
+        # 128 x 128 numbers spill: their noise and phi beside their sums; wgmma wants 64 rows
+        sizes = {1: [(128, 64), (64, 128)], 2: [(64, 64), (64, 128)], 3: [(64, 64), (64, 32)] if hopper else [(32, 128), (64, 32)]}
+        tiles = [(*size, 64 if hopper else 32, 8, 4) for size in sizes[parts]]
+    elif precision() == "tf32":
+        sizes = {1: [(128, 64), (64, 64)], 2: [(64, 64), (64, 32)], 3: [(64, 64), (64, 32)] if hopper else [(64, 32), (32, 64)]}
+        tiles = [(*size, 32, 8, 4) for size in sizes[parts]]
     else:
-        tiles = [(128, 64, 32, 8, 4), (64, 64, 32, 8, 4)] if precision() == "tf32" else [(64, 64, 16, 8, 3)]
+        tiles = [(64, 64 if parts < 3 else 32, 16, 8, 3)]
     names = ("BM", "BN", "BK", "num_warps", "num_stages")
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
@@ -225,7 +304,7 @@ def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
 @tuning.on_device
 def perturbed_conv2d(
     x: Tensor,
-    p: Tensor | None,
+    dx: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     stride: Sequence[int],
@@ -242,28 +321,29 @@ def perturbed_conv2d(
     offset: int,
     antithetic: bool,
     h: Tensor,
-    perturbed: Tensor | None,
+    d: Tensor | None,
     kept: Tensor | None,
     update: Plan,
     configuration: dict[str, int],
 ) -> None:
-    """Fill h, perturbed and kept, channels-last maps or, of a linear layer, matrices."""
+    """Fill h, d and kept, channels-last maps or, of a linear layer, matrices."""
     sizes = [(1, 1, *t.shape[1:]) if t.ndim == 2 else (*t.shape[2:], t.shape[1]) for t in (x, h)]
     (height, width, channels), (out_height, out_width, outputs) = sizes
     kernel = weight.shape[2:] or (1, 1)
     size, tile = out_height * out_width, configuration
-    streams = [len(x), 0 if p is None else len(p)]
-    if max(streams) * size >= 2**31:
-        raise ValueError(f"perturbed_conv2d takes fewer than 2^31 positions of a batch, got {max(streams) * size}")
-    grid = sum(triton.cdiv(n * size, tile["BM"]) for n in streams) * groups * triton.cdiv(outputs // groups, tile["BN"])
+    if len(x) * size >= 2**31:
+        raise ValueError(f"perturbed_conv2d takes fewer than 2^31 positions of a batch, got {len(x) * size}")
+    perturbed, parts = (len(x), 1) if dx is None else (rows, 2 + antithetic)
+    tiles = triton.cdiv(perturbed * size, tile["BM"]) + triton.cdiv((len(x) - perturbed) * size, parts * tile["BM"])
+    grid = tiles * groups * triton.cdiv(outputs // groups, tile["BN"])
     aligned = (tile["BN"], outputs // groups, outputs) if size > 1 or groups > 1 else (tile["BN"],)
     arguments: dict[str, Any] = update.arguments | {
         "x": x,
-        "p": p,
+        "dx": dx,
         "weight": weight,
         "bias": bias,
         "h": h,
-        "perturbed": perturbed,
+        "d": d,
         "kept": kept,
         "step": step,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""What follows a library's convolution in one launch: scale, bias, phi and pooling of both streams, the noise, the update of B."""
+"""What follows a library's convolution in one launch: scale, bias, phi, pooling, noise, of activity and difference, and the update of B."""
 
 from __future__ import annotations
 
@@ -10,19 +10,37 @@ from torch import Tensor
 
 from fbkernels.kernels.activation import phi
 from fbkernels.kernels.feedback_update import Plan, update_tile
-from fbkernels.kernels.noise import shared, store_perturbed
+from fbkernels.kernels.noise import shared, store_difference
 from fbkernels.ops import tuning
+
+
+@triton.jit
+def pool_in(best, b_z, inside, POOL: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr):
+    # one more place of the windows
+    value = phi(b_z, ACTIVATION) if INNER else b_z
+    if POOL == "avg":
+        best += tl.where(inside, value, 0.0)
+    else:
+        best = tl.where(inside & ((value > best) | (value != value)), value, best)
+    return best
+
+
+@triton.jit
+def behind(best, POOL: tl.constexpr, INNER: tl.constexpr, ACTIVATION: tl.constexpr, PLACES: tl.constexpr):
+    if POOL == "avg":
+        best = best / PLACES
+    return best if INNER else phi(best, ACTIVATION)
 
 
 @triton.jit
 def pointwise_tile(
     i_t,
     z,  # [samples, height, width, channels]
-    q,  # [perturbed_rows, height, width, channels]
+    dz,  # [rows, height, width, channels], with ANTITHETIC [2 rows, ...]
     scale,  # [channels]
     bias,  # [channels]
     h,  # [samples, out_height, out_width, channels]
-    perturbed,  # [perturbed_rows, out_height, out_width, channels]
+    d,  # [rows, out_height, out_width, channels], with ANTITHETIC [2 rows, ...]
     kept,  # like h
     winner,  # like h
     step,
@@ -52,44 +70,41 @@ def pointwise_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """BM positions by BN channels of one stream, behind the pooling."""
+    """BM positions by BN channels behind the pooling, of the first samples the differences too."""
     size = out_height * out_width
-    clean_tiles = tl.cdiv(samples * size, BM)
     columns = tl.cdiv(channels, BN)
     i_m, i_n = i_t // columns, i_t % columns
-    clean = i_m < clean_tiles
-    source, total = z, samples * size
-    if q is not None:
-        if not clean:
-            i_m -= clean_tiles
-            source = q
-            total = (2 * rows if ANTITHETIC else rows) * size
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < channels
-    mask = (o_m < total)[:, None] & m_n[None, :]
+    mask = (o_m < samples * size)[:, None] & m_n[None, :]
     sample, position = o_m // size, o_m % size
     top, left = position // out_width * stride_y - padding_y, position % out_width * stride_x - padding_x
-    p_z = source + (sample.to(tl.int64) * height * width * channels)[:, None] + o_n[None, :]  # [BM, BN]
+    o_z = (sample.to(tl.int64) * height * width * channels)[:, None] + o_n[None, :]  # [BM, BN]
+    mirror = tl.cast(rows, tl.int64) * height * width * channels
     if scale is not None:
         b_scale = tl.load(scale + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         b_bias = tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
 
     MONOTONE: tl.constexpr = ACTIVATION != "gelu"  # else the maximum of phi(z) need not be phi of the maximum of z
+    INNER: tl.constexpr = not POOL_FIRST and (POOL == "avg" or (POOL == "max" and not MONOTONE))
     best = tl.full([BM, BN], 0.0 if POOL == "avg" else -float("inf"), tl.float32)
+    plus = best
+    minus = best
     won = tl.zeros([BM, BN], tl.float32)
     place = tl.full([BM, BN], -1, tl.int32)
     for k in range(0, KH * KW):
         y, x = top + k // KW, left + k % KW
         inside = mask & ((y >= 0) & (y < height) & (x >= 0) & (x < width))[:, None]
-        b_z = tl.load(p_z + ((y * width + x) * channels)[:, None], mask=inside, other=0.0).to(tl.float32)
+        o_k = o_z + ((y * width + x) * channels)[:, None]
+        b_z = tl.load(z + o_k, mask=inside, other=0.0).to(tl.float32)
         if scale is not None:
             b_z *= b_scale
         if bias is not None:
             b_z += b_bias
         value = b_z
-        if not POOL_FIRST and (POOL == "avg" or (POOL == "max" and not MONOTONE)):
+        if INNER:
             value = phi(b_z, ACTIVATION)
         if POOL == "avg":
             best += tl.where(inside, value, 0.0)
@@ -99,6 +114,13 @@ def pointwise_tile(
             best = tl.where(better, value, best)
             won = tl.where(better, b_z, won)
             place = tl.where(better, k, place)
+        if dz is not None:
+            m_d = inside & (sample < rows)[:, None]
+            b_dz = tl.load(dz + o_k, mask=m_d, other=0.0).to(tl.float32)
+            plus = pool_in(plus, b_z + (b_dz if scale is None else b_dz * b_scale), inside, POOL, INNER, ACTIVATION)
+            if ANTITHETIC:
+                b_dz = tl.load(dz + mirror + o_k, mask=m_d, other=0.0).to(tl.float32)
+                minus = pool_in(minus, b_z + (b_dz if scale is None else b_dz * b_scale), inside, POOL, INNER, ACTIVATION)
     if POOL == "avg":
         won = best / (KH * KW)
     if POOL != "avg" or POOL_FIRST:
@@ -107,30 +129,31 @@ def pointwise_tile(
         activity = won
 
     o_h = o_m.to(tl.int64)[:, None] * channels + o_n[None, :]
-    if clean:
-        tl.store(h + o_h, activity.to(h.dtype.element_ty), mask=mask)
-        if kept is not None:
-            tl.store(kept + o_h, won.to(kept.dtype.element_ty), mask=mask)
-        if winner is not None:
-            tl.store(winner + o_h, place.to(tl.uint8), mask=mask)
-    if perturbed is not None:
-        unit = (position * channels).to(tl.int64) + i_n * BN
-        # fmt: off
-        store_perturbed(
-            perturbed, activity, clean, sample, unit, o_h, mask, size * channels, rows, step, seed, point, std, offset, q is None,
-            ANTITHETIC, KIND, SHARED, BN,
-        )
-        # fmt: on
+    tl.store(h + o_h, activity.to(h.dtype.element_ty), mask=mask)
+    if kept is not None:
+        tl.store(kept + o_h, won.to(kept.dtype.element_ty), mask=mask)
+    if winner is not None:
+        tl.store(winner + o_h, place.to(tl.uint8), mask=mask)
+    if d is not None:
+        if i_m * BM < rows * size:
+            unit = (position * channels).to(tl.int64) + i_n * BN
+            # fmt: off
+            store_difference(
+                d, None if dz is None else behind(plus, POOL, INNER, ACTIVATION, KH * KW) - activity,
+                None if dz is None or not ANTITHETIC else behind(minus, POOL, INNER, ACTIVATION, KH * KW) - activity,
+                sample, unit, o_h, mask, size * channels, rows, step, seed, point, std, offset, ANTITHETIC, KIND, SHARED, BN,
+            )
+            # fmt: on
 
 
 @triton.jit(do_not_specialize=["seed", "point", "offset"])
 def perturbed_pointwise_kernel(
     z,
-    q,
+    dz,
     scale,
     bias,
     h,
-    perturbed,
+    d,
     kept,
     winner,
     step,
@@ -189,7 +212,7 @@ def perturbed_pointwise_kernel(
             )
     if i_t >= update_tiles:
         pointwise_tile(
-            i_t - update_tiles, z, q, scale, bias, h, perturbed, kept, winner, step, seed, point, std, offset, samples, rows, height, width,
+            i_t - update_tiles, z, dz, scale, bias, h, d, kept, winner, step, seed, point, std, offset, samples, rows, height, width,
             channels, out_height, out_width, stride_y, stride_x, padding_y, padding_x, KH, KW, POOL, POOL_FIRST, ANTITHETIC, ACTIVATION,
             KIND, SHARED, BM, BN,
         )
@@ -199,7 +222,7 @@ def perturbed_pointwise_kernel(
 @tuning.on_device
 def perturbed_pointwise(
     z: Tensor,
-    q: Tensor | None,
+    dz: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     activation: str,
@@ -217,30 +240,29 @@ def perturbed_pointwise(
     offset: int,
     antithetic: bool,
     h: Tensor,
-    perturbed: Tensor | None,
+    d: Tensor | None,
     kept: Tensor | None,
     winner: Tensor | None,
     update: Plan,
 ) -> None:
-    """Fill h, perturbed, kept and winner, channels-last maps or matrices."""
+    """Fill h, d, kept and winner, channels-last maps or matrices."""
     (height, width, channels), (out_height, out_width, _) = (
         (1, 1, *t.shape[1:]) if t.ndim == 2 else (*t.shape[2:], t.shape[1]) for t in (z, h)
     )
     size = out_height * out_width
     BN = min(128, max(16, triton.next_power_of_2(channels)))
     BM = 4096 // BN  # 16 numbers a thread
-    streams = [len(z), 0 if q is None else len(q)]
-    if max(streams) * size >= 2**31:
-        raise ValueError(f"perturbed_pointwise takes fewer than 2^31 positions of a batch, got {max(streams) * size}")
-    tiles = sum(triton.cdiv(n * size, BM) for n in streams) * triton.cdiv(channels, BN)
+    if len(z) * size >= 2**31:
+        raise ValueError(f"perturbed_pointwise takes fewer than 2^31 positions of a batch, got {len(z) * size}")
+    tiles = triton.cdiv(len(z) * size, BM) * triton.cdiv(channels, BN)
     perturbed_pointwise_kernel[(update.tiles + tiles,)](
         **update.arguments,
         z=z,
-        q=q,
+        dz=dz,
         scale=scale,
         bias=bias,
         h=h,
-        perturbed=perturbed,
+        d=d,
         kept=kept,
         winner=winner,
         step=step,

@@ -34,21 +34,23 @@ def test_layers(name: str) -> None:
     runs = {n: build() for n, build in bench.layers(name, 2, "cpu", torch.float32, 0.0, "eager").items()}
     assert runs.pop("product alone")().shape[0] == 4
     expected = runs.pop("compiled, apart")()
-    for run in runs.values():
-        for got, want in zip(run(), expected, strict=True):
+    for name, run in runs.items():
+        h, second = run()
+        for got, want in zip((h, h + second if "ours" in name else second), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(9, 20), (9,)), (nn.Conv2d(3, 5, 3, padding=1), (3, 6, 5))])
 def test_one_launch(layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...], learns: bool, device: str) -> None:
-    x, p = torch.randn(2, 4, *shape, device=device)
+    x, dx = torch.randn(2, 4, *shape, device=device)
     if len(shape) == 3:
-        x, p = (t.contiguous(memory_format=torch.channels_last) for t in (x, p))
+        x, dx = (t.contiguous(memory_format=torch.channels_last) for t in (x, dx))
     layer = layer.to(device, memory_format=torch.channels_last).requires_grad_(False)
     tile = {"BM": 16, "BN": 32, "BK": 16, "num_warps": 4, "num_stages": 2}
-    for got, given in zip(bench.one_launch(layer, x, p, 0.0, learns, tile)(), (x, p), strict=True):
-        torch.testing.assert_close(got, torch.relu(layer(given)))
+    h, d = bench.one_launch(layer, x, dx, 0.0, learns, tile)()
+    for got, given in ((h, x), (h + d, x + dx)):
+        torch.testing.assert_close(got, torch.relu(layer(given)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what a CPU launches on a GPU: nothing")

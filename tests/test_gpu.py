@@ -212,22 +212,22 @@ def test_a_captured_graph_keeps_the_statistics(m: int) -> None:
 
 
 def layer(what: str, low: torch.dtype, backend: str, dtype: torch.dtype, first: bool, kind: str = "gaussian") -> tuple[torch.Tensor, ...]:
-    """h, the perturbed activity, B and the prediction of a layer in ``dtype``, of numbers that ``low`` can hold."""
+    """h, the difference, B and the prediction of a layer in ``dtype``, of numbers that ``low`` can hold."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator).cuda()  # noqa: E731
     shape, weight = ((300,), (70, 300)) if what == "linear" else ((32, 8, 7), (40, 32, 3, 3))
-    x, p, W, b = (t.to(low).to(dtype) for t in (normal(65, *shape), normal(65, *shape), 0.1 * normal(*weight), normal(weight[0])))
+    x, dx, W, b = (t.to(low).to(dtype) for t in (normal(65, *shape), normal(65, *shape), 0.1 * normal(*weight), normal(weight[0])))
     units = 70 if what == "linear" else 40 * 8 * 7
     B, R, Q, w = (t.to(torch.promote_types(dtype, torch.float32)) for t in (normal(units, 10), normal(65, 10), normal(65, 10), normal(65)))
     step = torch.tensor(5, device="cuda")
     options = {"B": B, "R": R, "Q": 0.1 * Q, "w": w, "learned_step": step, "predicts": True, "backend": backend}
-    q, key = None if first else p, (step + 1, 3, 1, 65, 0.3, kind)
+    dx, key = None if first else dx, (step + 1, 3, 1, 65, 0.3, kind)
     if what == "linear":
-        h, perturbed, _, new, parts = ops.perturbed_linear(x, q, W, b, "tanh", *key, **options)
+        h, d, _, new, parts = ops.perturbed_linear(x, dx, W, b, "tanh", *key, **options)
     else:
         how = ((1, 1), (1, 1), (1, 1), 1, "tanh", "none", False, (1, 1), (1, 1), (0, 0))
-        h, perturbed, _, _, new, parts = ops.perturbed_conv2d(x, q, W, b, *how, *key, **options)
-    return h, perturbed, new, parts.sum(0)
+        h, d, _, _, new, parts = ops.perturbed_conv2d(x, dx, W, b, *how, *key, **options)
+    return h, d, new, parts.sum(0)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A convolution up to its feedback point, both streams (SPEC 1)."""
+"""A convolution up to its feedback point, activity and difference (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fbkernels.ops.perturbed_pointwise import op as pointwise
 
 def perturbed_conv2d(
     x: Tensor,
-    p: Tensor | None,
+    dx: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: tuple[int, int] = (1, 1),
@@ -46,14 +46,14 @@ def perturbed_conv2d(
     update: Update | None = None,
     backend: str = "auto",
 ) -> Perturbed:
-    """A convolution up to its feedback point, both streams, with B's pending update (SPEC 1, 5): ``h = pool(phi(conv(x) + b))``,
-    ``p' = pool(phi(conv(p) + b)) + xi``. Without autograd.
+    """A convolution up to its feedback point, activity and difference, with B's pending update (SPEC 1, 5): ``z = conv(x) + b``,
+    ``dz = conv(dx)``, ``h = pool(phi(z))``, ``d = pool(phi(z + dz)) - pool(phi(z)) + xi``. Without autograd.
 
     On the triton backend without pooling it is one launch, an implicit GEMM over channels-last maps, or the library's convolution and
     one launch of :func:`perturbed_pointwise`, whichever was faster on this GPU for these shapes; with pooling always the latter.
 
     Args:
-        x: [N, C, H, W]; p: the perturbed input, [rows, C, H, W], with ``antithetic`` [2 rows, ...]; None: still the same numbers.
+        x: [N, C, H, W]; dx: the difference of the input, [rows, C, H, W], with ``antithetic`` [2 rows, ...]; None: zero.
         weight: [out, C / groups, KH, KW]; bias: [out]; stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``.
         pool, pool_first, kernel_size, pool_stride, pool_padding: as in :func:`perturbed_pointwise`.
         The others: as in :func:`perturbed_linear`.
@@ -66,14 +66,14 @@ def perturbed_conv2d(
     """
     key, options = public(x, seed, step, point, rows, std, kind, update)
     layer, window = (stride, padding, dilation, groups), (pool, pool_first, kernel_size, pool_stride, pool_padding)
-    h, perturbed, kept, winner, B, parts = op(
-        x, p, weight, bias, *layer, activation, *window, *key[:6], antithetic=antithetic, backend=backend, **options
+    h, d, kept, winner, B, parts = op(
+        x, dx, weight, bias, *layer, activation, *window, *key[:6], antithetic=antithetic, backend=backend, **options
     )
-    return Perturbed(h, perturbed, kept, winner, B, total(parts))
+    return Perturbed(h, d, kept, winner, B, total(parts))
 
 
 SCHEMA = (
-    "perturbed_conv2d(Tensor x, Tensor? p, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+    "perturbed_conv2d(Tensor x, Tensor? dx, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
     "str activation, str pool, bool pool_first, int[] kernel_size, int[] pool_stride, int[] pool_padding, Tensor step, int seed, "
     f'int point, SymInt rows, float std, str kind, *, bool antithetic=False, SymInt offset=0, str backend="auto", {RIDE}) '
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -92,7 +92,7 @@ LINEAR = Layer((1, 1), (0, 0), (1, 1), 1)  # as a convolution of maps of one pla
 
 class Call(NamedTuple):
     x: Tensor
-    p: Tensor | None
+    dx: Tensor | None
     weight: Tensor
     bias: Tensor | None
     layer: Layer
@@ -103,20 +103,20 @@ class Call(NamedTuple):
     ride: Ride
     backend: str
 
-    def behind(self, z: Tensor, q: Tensor | None = None) -> Pointwise:
-        """What follows the product."""
-        return Pointwise(z, q, None, None, *self[5:])
+    def behind(self, z: Tensor, dz: Tensor | None = None, bias: Tensor | None = None) -> Pointwise:
+        """What follows the product; ``bias`` where z has none yet."""
+        return Pointwise(z, dz, None, bias, *self[5:])
 
 
 def arguments(
-    x: Tensor, p: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
+    x: Tensor, dx: Tensor | None, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], groups: int, activation: str, pool: str, pool_first: bool, kernel_size: Sequence[int],
     pool_stride: Sequence[int], pool_padding: Sequence[int], step: Tensor, seed: int, point: int, rows: int, std: float, kind: str, *,
     antithetic: bool = False, offset: int = 0, backend: str = "auto", **update: Any,
 ) -> Call:  # fmt: skip
     window = UNPOOLED if pool == "none" else Window(pool, pool_first, kernel_size, pool_stride, pool_padding)
     key, layer = NoiseKey(step, seed, point, rows, std, kind, offset), Layer(stride, padding, dilation, groups)
-    return Call(x, p, weight, bias, layer, activation, window, key, antithetic, Ride(**update) if update else NOTHING, backend)
+    return Call(x, dx, weight, bias, layer, activation, window, key, antithetic, Ride(**update) if update else NOTHING, backend)
 
 
 def outputs(a: Call) -> tuple[Tensor, ...]:
@@ -151,7 +151,7 @@ def check_layer(a: Call) -> None:
         raise ValueError(f"weight must not be larger than the padded map, got shape {tuple(weight.shape)} for {tuple(x.shape)}")
     expect("weight", weight, x, *weight.shape)
     expect("bias", a.bias, x, weight.shape[0])
-    expect("p", a.p, x, key.rows * (1 + a.antithetic), *x.shape[1:], dtype=x.dtype)
+    expect("dx", a.dx, x, key.rows * (1 + a.antithetic), *x.shape[1:], dtype=x.dtype)
     a.window.check(size)
     units = weight.shape[0] * math.prod(a.window.size(size))
     check_key(key, units)
@@ -163,7 +163,7 @@ def products(a: Call) -> Pointwise:
     """The library's convolutions."""
     x, weight = dense(a.x), dense(a.weight)
     convolve = torch.nn.functional.conv2d
-    return a.behind(convolve(x, weight, a.bias, *a.layer), None if a.p is None else convolve(a.p, weight, a.bias, *a.layer))
+    return a.behind(convolve(x, weight, a.bias, *a.layer), None if a.dx is None else convolve(a.dx, weight, None, *a.layer))
 
 
 def reference(a: Call) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ def triton(a: Call) -> tuple[Tensor, ...]:
 def fused(name: str, a: Call, library: Callable[[Call], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """One launch of Triton, or the library's layer and one launch of what follows it: what is faster on this GPU."""
     update, out = plan(a.x, a.key.rows, a.key.kind, a.ride), behind(a.behind(product(a)))
-    tensors = (dense(a.x), None if a.p is None else dense(a.p), dense(a.weight), None if a.bias is None else a.bias.contiguous())
+    tensors = (dense(a.x), None if a.dx is None else dense(a.dx), dense(a.weight), None if a.bias is None else a.bias.contiguous())
 
     def run(configuration: dict[str, int] | str) -> tuple[Tensor, ...]:
         if isinstance(configuration, str):
@@ -189,9 +189,9 @@ def fused(name: str, a: Call, library: Callable[[Call], tuple[Tensor, ...]]) -> 
         kernels().perturbed_conv2d(*tensors, *a.layer, a.activation, *a.key, a.antithetic, *given(*out[:3]), update, configuration)
         return *out, update.new, update.parts
 
-    candidates = [*kernels().configurations(a.x.dtype), "library"]
+    candidates = [*kernels().configurations(a.x.dtype, 1 if a.dx is None else 2 + a.antithetic), "library"]
     sizes = (*a.layer.stride, *a.layer.padding, *a.layer.dilation, a.layer.groups)
-    shapes = (*a.x.shape, *a.weight.shape, *sizes, 0 if a.p is None else len(a.p), *update.shape)
+    shapes = (*a.x.shape, *a.weight.shape, *sizes, 0 if a.dx is None else len(a.dx), *update.shape)
     return run(tuning.fastest(name, (str(a.x.dtype), a.activation, a.key.kind, kernels().precision(), *shapes), candidates, run))
 
 

@@ -1,4 +1,4 @@
-"""A linear layer up to its feedback point, both streams (SPEC 1)."""
+"""A linear layer up to its feedback point, activity and difference (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fbkernels.ops.perturbed_pointwise import op as pointwise
 
 def perturbed_linear(
     x: Tensor,
-    p: Tensor | None,
+    dx: Tensor | None,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -35,43 +35,44 @@ def perturbed_linear(
     update: Update | None = None,
     backend: str = "auto",
 ) -> Perturbed:
-    """A linear layer up to its feedback point, both streams, with B's pending update (SPEC 1, 5): ``h = phi(x W^T + b)``,
-    ``p' = phi(p W^T + b) + xi``. One launch on the triton backend. Without autograd.
+    """A linear layer up to its feedback point, activity and difference, with B's pending update (SPEC 1, 5): ``z = x W^T + b``,
+    ``dz = dx W^T``, ``h = phi(z)``, ``d = phi(z + dz) - phi(z) + xi``. One launch on the triton backend. Without autograd.
 
     Args:
         x: [N, in], float32, bfloat16 or (triton) float16; any float type with backend "reference".
-        p: the perturbed input, [rows, in], with ``antithetic`` [2 rows, in]; None: still the same numbers.
+        dx: the difference of the input, [rows, in], with ``antithetic`` [2 rows, in]; None: zero, and so d = xi.
         weight: [out, in]; bias: [out].
         seed, step, point, std, kind: of the noise, as in :func:`noise`.
         rows: perturb the first so many samples; None: all.
         activation: "identity", "relu", "tanh", "sigmoid" or "gelu".
-        antithetic: p' has +xi, then -xi.
+        antithetic: d has +xi, then -xi.
         update: B's update and prediction.
 
     Returns:
-        :class:`Perturbed`; sums in float32 (float32 products in tf32 where ``torch.backends.cuda.matmul.allow_tf32``).
+        :class:`Perturbed`; sums, z + dz and d in float32, h and d then rounded to the dtype of x (float32 products in tf32 where
+        ``torch.backends.cuda.matmul.allow_tf32``).
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
     """
     key, options = public(x, seed, step, point, rows, std, kind, update)
-    h, perturbed, kept, B, parts = op(x, p, weight, bias, activation, *key[:6], antithetic=antithetic, backend=backend, **options)
-    return Perturbed(h, perturbed, kept, h.new_empty(0, dtype=torch.uint8), B, total(parts))
+    h, d, kept, B, parts = op(x, dx, weight, bias, activation, *key[:6], antithetic=antithetic, backend=backend, **options)
+    return Perturbed(h, d, kept, h.new_empty(0, dtype=torch.uint8), B, total(parts))
 
 
 SCHEMA = (
-    "perturbed_linear(Tensor x, Tensor? p, Tensor weight, Tensor? bias, str activation, Tensor step, int seed, int point, SymInt rows, "
+    "perturbed_linear(Tensor x, Tensor? dx, Tensor weight, Tensor? bias, str activation, Tensor step, int seed, int point, SymInt rows, "
     f'float std, str kind, *, bool antithetic=False, SymInt offset=0, str backend="auto", {RIDE}) '
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def arguments(
-    x: Tensor, p: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, step: Tensor, seed: int, point: int, rows: int,
+    x: Tensor, dx: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str, step: Tensor, seed: int, point: int, rows: int,
     std: float, kind: str, *, antithetic: bool = False, offset: int = 0, backend: str = "auto", **update: Any,
 ) -> Call:  # fmt: skip
     key = NoiseKey(step, seed, point, rows, std, kind, offset)
-    return Call(x, p, weight, bias, LINEAR, activation, UNPOOLED, key, antithetic, Ride(**update) if update else NOTHING, backend)
+    return Call(x, dx, weight, bias, LINEAR, activation, UNPOOLED, key, antithetic, Ride(**update) if update else NOTHING, backend)
 
 
 def outputs(a: Call) -> tuple[Tensor, ...]:
@@ -93,13 +94,14 @@ def check_x(a: Call) -> None:
 
 
 def products(a: Call) -> Pointwise:
-    x, p, weight, bias = a[:4]
-    if p is None:
+    x, dx, weight, bias = a[:4]
+    if dx is None:
         return a.behind(linear(x, weight, bias))
     if weight.numel() < 2**18:
-        return a.behind(linear(x, weight, bias), linear(p, weight, bias))
-    # a weight larger than the cache is read once for both streams: 8.5 against 10.1 ms at 4096 x 2048, 64 samples
-    return a.behind(*linear(torch.cat((x, p)), weight, bias).split((len(x), len(p))))
+        return a.behind(linear(x, weight, bias), linear(dx, weight))
+    # a weight larger than the cache is read once for both: 8.5 against 10.1 ms at 4096 x 2048, 64 samples
+    z, dz = linear(torch.cat((x, dx)), weight).split((len(x), len(dx)))
+    return a.behind(z, dz, bias)
 
 
 def reference(a: Call) -> tuple[Tensor, ...]:
@@ -131,7 +133,7 @@ def cuda(a: Call) -> tuple[Tensor, ...]:
         return *out, *ride(a.x, k, a.ride, a.backend)
 
     run = {"kernel": kernel, "library": lambda: library(a)}
-    shapes = (*a.x.shape, *a.weight.shape, 0 if a.p is None else len(a.p))
+    shapes = (*a.x.shape, *a.weight.shape, 0 if a.dx is None else len(a.dx))
     chosen = tuning.fastest("perturbed_linear_cuda", (a.activation, a.key.kind, *shapes), tuple(run), lambda name: run[name]())
     return without_winner(run[chosen]())
 

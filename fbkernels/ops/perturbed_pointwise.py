@@ -1,4 +1,4 @@
-"""What follows a layer's product, up to its feedback point, for both streams (SPEC 1)."""
+"""What follows a layer's product, up to its feedback point, of activity and difference (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fbkernels.ops.noise import NoiseKey, check_key, draw, public_key
 
 def perturbed_pointwise(
     z: Tensor,
-    q: Tensor | None,
+    dz: Tensor | None,
     *,
     seed: int,
     step: int | Tensor,
@@ -39,37 +39,37 @@ def perturbed_pointwise(
     update: Update | None = None,
     backend: str = "auto",
 ) -> Perturbed:
-    """What follows a layer's convolution or matrix product, for both streams in one pass (SPEC 1), with B's pending update (SPEC 5):
-    ``h = pool(phi(s z + b))``, ``p = pool(phi(s q + b)) + xi``. Without autograd.
+    """What follows a layer's convolution or matrix product, activity and difference in one pass (SPEC 1), with B's pending update (SPEC 5):
+    ``h = pool(phi(s z + b))``, ``d = pool(phi(s z + b + s dz)) - h + xi``. Without autograd.
 
     The error behind ``h`` goes back through :func:`feedback`, and ``torch.ops.fbkernels.unpool`` or ``pooled_weight_gradient``.
 
     Args:
         z: the clean pre-activation, float32, bfloat16 or (triton) float16; any float type with backend "reference": [N, C, H, W] or
             [N, units].
-        q: the perturbed one, [rows, ...], twice as many rows with ``antithetic``; None: still the same numbers.
+        dz: its difference, of the same dtype, [rows, ...], twice as many rows with ``antithetic``; None: zero, and so d = xi.
         seed, step, point, std, kind: of the noise, as in :func:`noise`.
         rows: perturb the first so many samples; None: all.
-        scale, bias: [C] or [units], applied in float32: a bias, or a normalisation.
+        scale, bias: [C] or [units], applied in float32: a bias, or a normalisation. Of dz the scale alone.
         activation: "identity", "relu", "tanh", "sigmoid" or "gelu".
         pool: "none", "max" or "avg" (padding counts); maps only.
         pool_first: pool before phi.
         kernel_size, stride, padding: of the pooling.
-        antithetic: p has +xi, then -xi.
+        antithetic: d has +xi, then -xi.
         update: B's update and prediction.
 
     Returns:
-        :class:`Perturbed`; maps are channels-last in memory.
+        :class:`Perturbed`; d is formed in float32 and rounded to the dtype of z once. Maps are channels-last in memory.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
     """
     key, options = public(z, seed, step, point, rows, std, kind, update)
     window = (pool, pool_first, kernel_size, stride, padding)
-    h, perturbed, kept, winner, B, parts = op(
-        z, q, bias, activation, *window, *key[:6], scale=scale, antithetic=antithetic, backend=backend, **options
+    h, d, kept, winner, B, parts = op(
+        z, dz, bias, activation, *window, *key[:6], scale=scale, antithetic=antithetic, backend=backend, **options
     )
-    return Perturbed(h, perturbed, kept, winner, B, total(parts))
+    return Perturbed(h, d, kept, winner, B, total(parts))
 
 
 class Perturbed(NamedTuple):
@@ -77,7 +77,7 @@ class Perturbed(NamedTuple):
 
     Fields:
         h: the activity.
-        p: the perturbed one, [rows, ...], with ``antithetic`` twice as many; empty without rows.
+        d: the difference, the perturbed activity less h, [rows, ...], with ``antithetic`` twice as many; empty without rows.
         kept: z behind each h for gelu, whose derivative is not a function of h; else empty.
         winner: uint8, the place ``kernel_width * y + x`` that each window of max-pooling took; else empty.
         B: the new B; empty where none was learned.
@@ -85,7 +85,7 @@ class Perturbed(NamedTuple):
     """
 
     h: Tensor
-    p: Tensor
+    d: Tensor
     kept: Tensor
     winner: Tensor
     B: Tensor
@@ -105,7 +105,7 @@ def total(parts: Tensor) -> Tensor:
 
 
 SCHEMA = (
-    "perturbed_pointwise(Tensor z, Tensor? q, Tensor? bias, str activation, str pool, bool pool_first, int[] kernel_size, int[] stride, "
+    "perturbed_pointwise(Tensor z, Tensor? dz, Tensor? bias, str activation, str pool, bool pool_first, int[] kernel_size, int[] stride, "
     "int[] padding, Tensor step, int seed, int point, SymInt rows, float std, str kind, *, Tensor? scale=None, bool antithetic=False, "
     f'SymInt offset=0, str backend="auto", {RIDE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)'
 )
@@ -155,7 +155,7 @@ UNPOOLED = Window("none", False, (1, 1), (1, 1), (0, 0))
 
 class Call(NamedTuple):
     z: Tensor
-    q: Tensor | None
+    dz: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
     activation: str
@@ -167,18 +167,18 @@ class Call(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of the perturbed stream."""
+        """Of the difference."""
         return self.key.rows * (1 + self.antithetic)
 
 
 def arguments(
-    z: Tensor, q: Tensor | None, bias: Tensor | None, activation: str, pool: str, pool_first: bool, kernel_size: Sequence[int],
+    z: Tensor, dz: Tensor | None, bias: Tensor | None, activation: str, pool: str, pool_first: bool, kernel_size: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], step: Tensor, seed: int, point: int, rows: int, std: float, kind: str, *,
     scale: Tensor | None = None, antithetic: bool = False, offset: int = 0, backend: str = "auto", **update: Any,
 ) -> Call:  # fmt: skip
     window = UNPOOLED if pool == "none" else Window(pool, pool_first, kernel_size, stride, padding)
     key = NoiseKey(step, seed, point, rows, std, kind, offset)
-    return Call(z, q, scale, bias, activation, window, key, antithetic, Ride(**update) if update else NOTHING, backend)
+    return Call(z, dz, scale, bias, activation, window, key, antithetic, Ride(**update) if update else NOTHING, backend)
 
 
 def outputs(a: Call) -> tuple[Tensor, ...]:
@@ -186,7 +186,7 @@ def outputs(a: Call) -> tuple[Tensor, ...]:
 
 
 def behind(a: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty tensors for h, the perturbed activity, what phi' is read from where h does not do, and the winners."""
+    """Empty tensors for h, d, what phi' is read from where h does not do, and the winners."""
     z, pool = a.z, a.window.pool
 
     def new(rows: int) -> Tensor:
@@ -218,42 +218,38 @@ def check(a: Call) -> None:
     units = a.z.shape[1] * math.prod(a.window.size(a.z.shape[2:]))
     check_key(a.key, units)
     expect("step", a.key.step, a.z, dtype=torch.int64)
-    expect("q", a.q, a.z, a.rows, *a.z.shape[1:], dtype=a.z.dtype)
+    expect("dz", a.dz, a.z, a.rows, *a.z.shape[1:], dtype=a.z.dtype)
     expect("scale", a.scale, a.z, a.z.shape[1])
     expect("bias", a.bias, a.z, a.z.shape[1])
     check_ride(a.z, units, a.ride)
 
 
 def reference(a: Call) -> tuple[Tensor, ...]:
-    z, q, scale, bias, activation, window, key, antithetic, update, backend = a
-    h, kept, winner = definition.pointwise(z, bias, activation, *window, scale)
-    perturbed = z.new_empty(0)
-    if key.rows:
-        exact = z.dtype if z.dtype == torch.float64 else torch.float32
-        xi = draw(*key[:4], h[:1].numel(), key.std, key.kind, offset=key.offset, dtype=exact, backend=backend)
-        xi = definition.layout(xi, (key.rows, *h.shape[1:])).to(z.dtype)
-        clean = h[: key.rows] if q is None else definition.pointwise(q, bias, activation, *window, scale)[0]
-        perturbed = (torch.cat((clean, clean)) if antithetic and q is None else clean) + (torch.cat((xi, -xi)) if antithetic else xi)
+    z, dz, scale, bias, activation, window, key, antithetic, update, backend = a
+    exact, size = torch.promote_types(z.dtype, torch.float32), (z.shape[1], *window.size(z.shape[2:]))
+    xi = draw(*key[:4], math.prod(size), key.std, key.kind, offset=key.offset, dtype=exact, backend=backend)
+    xi = definition.layout(xi, (key.rows, *size))
+    h, d, kept, winner = definition.perturbed_pointwise(z, dz, xi, antithetic, bias, activation, *window, scale)
     # an op may not return its input
     h, kept = (dense(t).clone() if t.data_ptr() == z.data_ptr() else dense(t) for t in (h, kept))
-    return h, dense(perturbed), kept, dense(winner), *ride(z, key, update, backend)
+    return h, dense(d) if a.rows else z.new_empty(0), kept, dense(winner), *ride(z, key, update, backend)
 
 
 def native(a: Call) -> tuple[Tensor | None, ...]:
-    """The tensors as kernels read them: z, q, scale, bias."""
+    """The tensors as kernels read them: z, dz, scale, bias."""
     scale, bias = (None if t is None else t.float().contiguous() for t in (a.scale, a.bias))
-    return dense(a.z), None if a.q is None else dense(a.q), scale, bias
+    return dense(a.z), None if a.dz is None else dense(a.dz), scale, bias
 
 
 def compiled(a: Call) -> tuple[Tensor, ...]:
     check_shape(a)
     out = behind(a)
-    z, q, scale, bias = native(a)
-    z, q, *into = (None if t is None else maps(t) for t in (z, q, *given(*out)))
+    z, dz, scale, bias = native(a)
+    z, dz, *into = (None if t is None else maps(t) for t in (z, dz, *given(*out)))
     w, k = a.window, a.key
     how = (a.activation, w.pool, w.first, (*w.kernel_size, *w.stride, *w.padding))
     key = (k.step, k.seed, k.point, k.std, k.kind, k.rows, a.antithetic, k.offset)
-    _op.C.pointwise(z, q, scale, bias, *into, *how, *key, torch.get_num_threads())
+    _op.C.pointwise(z, dz, scale, bias, *into, *how, *key, torch.get_num_threads())
     return *out, *ride(a.z, k, a.ride, a.backend)
 
 

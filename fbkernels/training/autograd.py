@@ -153,7 +153,8 @@ def sparse_gradient(layer: Connection, weight: Tensor) -> bool:
 class Block(torch.autograd.Function):
     """A layer of ``direct`` feedback, or the tensor x where there is none, up to its point: norm, activation, pooling, noise (SPEC 1).
 
-    A batch norm with weight ``gain`` and bias ``offset`` is ``scale z + shift`` of both streams, with ``scale = gain / std`` and
+    ``dx``, and d of what it returns, is the difference to the perturbed activity. A batch norm with weight ``gain`` and bias ``offset`` is
+    ``scale z + shift``, and ``scale dz`` of the difference, with ``scale = gain / std`` and
     ``shift = offset - mean scale`` of the clean one, in float32: torch's form on the CPU. Where ``|mean| >> std`` the shift's rounding is
     that of z: the error is at most twice that of ``(z - mean) scale``, torch's form on a GPU.
 
@@ -166,7 +167,7 @@ class Block(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        d: Tensor | None,
+        dx: Tensor | None,
         gain: Tensor | None,
         offset: Tensor | None,
         norm: Norm | None,
@@ -176,14 +177,12 @@ class Block(torch.autograd.Function):
         options: dict[str, Any],
         behind: Behind,
     ) -> tuple[Tensor, ...]:
-        e, z = epilogue, x
-        rows = key[3]
-        q = None if d is None else torch.cat((x[:rows], x[:rows])) + d if options["antithetic"] else x[:rows] + d
+        e, z, dz = epilogue, x, dx
         how = (e.activation, e.pool, e.pool_first, *e.window)
         affine: tuple[Tensor | None, ...] = ()
         if layer is None or weight is None or e.pool == "avg" or norm is not None:  # the gradients of average-pooling and norm need z
             if layer is not None and weight is not None:
-                z, q = layer.forward(x, weight, bias), None if q is None else layer.forward(q, weight, bias)
+                z, dz = layer.forward(x, weight, bias), None if dx is None else layer.forward(dx, weight, None)
             scale = shift = None
             if norm is not None:
                 mean, var = norm.statistics(z)
@@ -191,24 +190,22 @@ class Block(torch.autograd.Function):
                 scale = rstd if gain is None else gain * rstd
                 shift = -mean * scale if offset is None else offset - mean * scale
                 affine = (gain, mean, var, rstd, scale, shift)
-            h, p, kept, winner, new, parts = ops.perturbed_pointwise(z, q, shift, *how, *key, scale=scale, **options)
+            h, d, kept, winner, new, parts = ops.perturbed_pointwise(z, dz, shift, *how, *key, scale=scale, **options)
         elif layer.convolution:
             shape = (layer.stride, layer.padding, layer.dilation, layer.groups)
-            h, p, kept, winner, new, parts = ops.perturbed_conv2d(x, q, weight, bias, *shape, *how, *key, **options)
+            h, d, kept, winner, new, parts = ops.perturbed_conv2d(x, dx, weight, bias, *shape, *how, *key, **options)
         else:
-            h, p, kept, new, parts = ops.perturbed_linear(x, q, weight, bias, e.activation, *key, **options)
+            h, d, kept, new, parts = ops.perturbed_linear(x, dx, weight, bias, e.activation, *key, **options)
             winner = h.new_empty(0)
-        if p.numel():
-            p = p - (torch.cat((h[:rows], h[:rows])) if options["antithetic"] else h[:rows])
         # no gradient crosses a point: of W its layout alone counts
         ctx.layer, ctx.epilogue, ctx.behind = layer, epilogue, behind
         ctx.norm = None if norm is None else (norm.training, norm.eps)
         ctx.like = None if weight is None else torch.empty_like(weight, device="meta")
         kept_z = z if e.pool == "avg" or norm is not None else None
         ctx.save_for_backward(x if layer is not None else None, winner if e.pool == "max" else None, kept_z, *affine)
-        ctx.mark_non_differentiable(p, kept, winner, new, parts)
+        ctx.mark_non_differentiable(d, kept, winner, new, parts)
         ctx.set_materialize_grads(False)
-        return h, p, kept, winner, new, parts
+        return h, d, kept, winner, new, parts
 
     @staticmethod
     @once_differentiable

@@ -79,14 +79,14 @@ def layer(
     some = max(samples // 2, 1)
     rows = some * (1 + antithetic)
     x, weight = new(samples, *inputs), new(outputs, inputs[0] // groups, *[3] * (len(inputs) - 1))
-    p, shape = None if first else new(rows, *inputs), (outputs, *inputs[1:])
-    h, perturbed, kept = new(samples, *shape), new(rows, *shape), new(samples, *shape) if activation == "gelu" else None
+    dx, shape = None if first else new(rows, *inputs), (outputs, *inputs[1:])
+    h, d, kept = new(samples, *shape), new(rows, *shape), new(samples, *shape) if activation == "gelu" else None
     window = ((1, 1), (1, 1) if len(inputs) > 1 else (0, 0), (1, 1), groups)
     key = (STEP, 1, 2, some, 0.1, kind, 0, antithetic)
     with allowing_tf32(tf32):
         plan = update(form, m, math.prod(shape), some, kind, dtype)
-        for configuration in kernels.configurations(dtype):
-            kernels.perturbed_conv2d(x, p, weight, new(outputs), *window, activation, *key, h, perturbed, kept, plan, configuration)
+        for configuration in kernels.configurations(dtype, 1 if first else 2 + antithetic):
+            kernels.perturbed_conv2d(x, dx, weight, new(outputs), *window, activation, *key, h, d, kept, plan, configuration)
 
 
 def pointwise(
@@ -109,11 +109,11 @@ def pointwise(
     h, key = new(samples, *behind), (STEP, 1, 2, some, 0.1, "gaussian", 0, antithetic)
     kept = h if activation == "gelu" and pool != "avg" else None
     winner = torch.empty(h.shape, dtype=torch.uint8) if pool == "max" else None
-    q, scales = None if first else new(rows, *shape), torch.empty(shape[0]) if scale else None
+    dz, scales = None if first else new(rows, *shape), torch.empty(shape[0]) if scale else None
     with allowing_tf32(tf32):
         plan = update(form, 10, math.prod(behind), some, "gaussian", dtype)
         kernels.perturbed_pointwise(
-            new(samples, *shape), q, scales, scales, activation, *window, *key, h, new(rows, *behind), kept, winner, plan
+            new(samples, *shape), dz, scales, scales, activation, *window, *key, h, new(rows, *behind), kept, winner, plan
         )
 
 

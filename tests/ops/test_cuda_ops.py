@@ -112,12 +112,12 @@ def everything() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator).to(DEVICE)  # noqa: E731
     step, key = torch.tensor(5, device=DEVICE), (1, 2)
-    x, p, W, b, B = normal(70, 99), normal(45, 99), normal(131, 99), normal(131), normal(131, 77)
+    x, dx, W, b, B = normal(70, 99), normal(45, 99), normal(131, 99), normal(131), normal(131, 77)
     update = {"B": B, "M": normal(77, 77), "G": normal(70, 77), "learned_step": step, "predicts": True}
     factors = {"B": B, "R": normal(70, 77), "Q": normal(70, 77), "w": normal(70), "learned_step": step}
     out = []
     for kind, riding in (("gaussian", update), ("rademacher", factors)):
-        out += ops.perturbed_linear(x, p, W, b, "gelu", step, *key, 45, 0.3, kind, backend="cuda", **riding)
+        out += ops.perturbed_linear(x, dx, W, b, "gelu", step, *key, 45, 0.3, kind, backend="cuda", **riding)
     window = ("max", False, [3, 2], [2, 1], [1, 0])
     h, *_, winner, _, _ = ops.perturbed_pointwise(
         normal(5, 7, 9, 8), None, None, "tanh", *window, step, *key, 3, 0.3, "gaussian", antithetic=True, backend="cuda"
@@ -172,7 +172,7 @@ def test_a_network_trains(rule: fb.Rule) -> None:
         assert error <= 2 * limit + 2.0**-22 * float(want.norm()), key
 
 
-@pytest.mark.parametrize("change", [{}, {"p": None}, {"B": None, "M": None, "G": None, "learned_step": None, "predicts": False}], ids=len)
+@pytest.mark.parametrize("change", [{}, {"dx": None}, {"B": None, "M": None, "G": None, "learned_step": None, "predicts": False}], ids=len)
 def test_the_ops(change: dict[str, Any]) -> None:
     torch.library.opcheck(torch.ops.fbkernels.perturbed_linear.default, (), example("linear", **change) | {"backend": "cuda"})
     torch.library.opcheck(torch.ops.fbkernels.perturbed_conv2d.default, (), example("conv2d") | {"backend": "cuda"})

@@ -25,11 +25,11 @@ STEP = torch.tensor(3)
 def pointwise() -> dict[str, Any]:
     z, h = torch.randn(3, 6, 5, 7), torch.empty(3, 3, 3, 7)
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
-    out = {"h": h, "p": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
+    out = {"h": h, "d": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
     how = {"activation": "gelu", "pool": "max", "pool_first": False, "sizes": (3, 3, 2, 2, 1, 1)}
     return {
         "z": z,
-        "q": torch.randn(2, 6, 5, 7),
+        "dz": torch.randn(2, 6, 5, 7),
         "scale": torch.randn(7),
         "bias": torch.randn(7),
         **out,
@@ -42,8 +42,8 @@ def pointwise() -> dict[str, Any]:
 
 def linear() -> dict[str, Any]:
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
-    out = {"h": torch.empty(3, 7), "perturbed": torch.empty(2, 7), "kept": torch.empty(3, 7)}
-    layer = {"x": torch.randn(3, 6), "p": torch.randn(2, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
+    out = {"h": torch.empty(3, 7), "d": torch.empty(2, 7), "kept": torch.empty(3, 7)}
+    layer = {"x": torch.randn(3, 6), "dx": torch.randn(2, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
     return {**layer, **out, "activation": "gelu", **noise}
 
 
