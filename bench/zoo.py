@@ -368,7 +368,7 @@ class Recorded(dict[str, dict[str, dict[str, Any]]]):
         except Failed as failed:
             ok, reason = False, str(failed)
         except Exception as error:  # whatever foreign code or ours raises is a finding
-            ok, reason = False, f"{type(error).__name__}: {str(error).strip() or '(no message)'}".splitlines()[0][:400]
+            ok, reason = False, f"{type(error).__name__}: {' '.join(str(error).split()) or '(no message)'}"[:400]
         for name in names:
             self.note(structure, name, ok, reason or note.get(name, ""))
 
