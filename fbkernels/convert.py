@@ -190,7 +190,11 @@ def _places(
     own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
     layers = _layers(model)
     found = own or dict.fromkeys(layers[:-1], "layer")
-    found = {n: k for n, k in found.items() if _matches(n, _patterns("include", include), True) and not _matches(n, _patterns("exclude", exclude), False)}
+    found = {
+        n: k
+        for n, k in found.items()
+        if _matches(n, _patterns("include", include), True) and not _matches(n, _patterns("exclude", exclude), False)
+    }
     if not found:
         raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
     return found

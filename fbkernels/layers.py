@@ -97,7 +97,9 @@ class Connection:
         """The patch of delta around each input position of a convolution, [n, outputs * kernel positions, ...]."""
         n, outputs = delta.shape[:2]
         k = math.prod(self.kernel)
-        one_hot = torch.eye(k, dtype=delta.dtype, device=delta.device).view(1, k, *self.kernel).repeat(outputs, *[1] * (len(self.kernel) + 1))
+        one_hot = (
+            torch.eye(k, dtype=delta.dtype, device=delta.device).view(1, k, *self.kernel).repeat(outputs, *[1] * (len(self.kernel) + 1))
+        )
         x = delta.new_empty(n, outputs * k, *self.size)
         shape = (self.kernel, self.size, self.stride, self.padding, self.dilation, outputs, False, self.output_padding)
         return Connection(True, outputs * k, *shape)._backward(delta, x, one_hot, 0)

@@ -83,7 +83,9 @@ class PerturbedLoss(nn.Module):
         if sharded and sharded != [""]:
             raise ValueError(f"fully_shard the network as a whole, not its part {sharded[-1]!r}: no gradient reaches a part's input")
         if sharded and (network.settings.rule.follows or network.settings.rule.supervised):
-            raise ValueError(f"{network.settings.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel")
+            raise ValueError(
+                f"{network.settings.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel"
+            )
         if not several(group) or network.step.is_meta:
             network.processes = None
         elif network.processes is None or network.processes.group is not (group or torch.distributed.group.WORLD):
@@ -166,7 +168,7 @@ def signals(
         and y.ndim == 2
         and y.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and ops._backend(y, step.network.settings.backend) == "triton"
+        and ops.backend_of(y, step.network.settings.backend) == "triton"
     ):
         moved = step.rows(y) + changes[0] if moves else None
         losses, e, dL, dy, ok = ops.perturbed_cross_entropy(
@@ -182,7 +184,10 @@ def signals(
         if moves:
             leaves, spec = tree_flatten(output)
             at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
-            ds = [torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double() for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)]
+            ds = [
+                torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
+                for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
+            ]
             for i, d in zip(at, ds, strict=True):
                 leaves[i] = step.rows(leaves[i].detach()).double() + d
             rows = len(y)

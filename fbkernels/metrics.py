@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from torch.utils._pytree import tree_map_only
 
 from fbkernels.criterion import PerSample, error
@@ -160,7 +159,11 @@ def _maps(network: Network, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | N
     assert point.weight is not None and point.connection is not None
     W = point.weight.detach()
     W = W if point.connection.convolution else W.T
-    return point.connection.matrix(B), point.connection.matrix(W), point.regressors(network.current.errors[name]) if network.current is not None else None
+    return (
+        point.connection.matrix(B),
+        point.connection.matrix(W),
+        point.regressors(network.current.errors[name]) if network.current is not None else None,
+    )
 
 
 def _angle(a: Tensor | None, b: Tensor | None) -> float:

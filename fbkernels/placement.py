@@ -277,9 +277,7 @@ def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], expli
     return Chain(c.layer[0], point, tuple(k.func for k in calls[1:]), fuses, maps, explicit)
 
 
-def _reads(
-    recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool
-) -> Placement:
+def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or one that is read already."""
     claimed: list[str] = []
     for c in recorder.calls:

@@ -69,7 +69,9 @@ def test_what_is_given_comes_first() -> None:
     assert (s.share, job.build(s, "joint", 0, (1, 8, 8), 10)[0].feedback.settings.share) == (4, 4)
     assert job.build(s, "weight-mirror", 0, (1, 8, 8), 10)[0].feedback.settings.share == 1
     s = job.recipe(model="paper_cnn", rank=3)
-    ranked = {m: job.build(s, m, 0, (1, 8, 8), 10)[0].feedback.settings.rank for m in ("joint", "dfa", "weight-mirror", "node-perturbation")}
+    ranked = {
+        m: job.build(s, m, 0, (1, 8, 8), 10)[0].feedback.settings.rank for m in ("joint", "dfa", "weight-mirror", "node-perturbation")
+    }
     assert ranked == {"joint": 3, "dfa": 3, "weight-mirror": None, "node-perturbation": None}
     s = job.recipe(model="resnet20")  # digits
     assert (s.augment, s.validation) == (False, 0)

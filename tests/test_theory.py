@@ -377,9 +377,7 @@ class Residual(nn.Module):
 
 
 # ridge's error falls with the square root of the samples; a target that sees the skip connections would be wrong by its own size
-@pytest.mark.parametrize(
-    ("rule", "steps", "limit"), [(fb.Ridge(), 150, 0.25), (fb.Joint(0.3), 300, 0.2), (fb.WeightMirror(), 100, 0.05)]
-)
+@pytest.mark.parametrize(("rule", "steps", "limit"), [(fb.Ridge(), 150, 0.25), (fb.Joint(0.3), 300, 0.2), (fb.WeightMirror(), 100, 0.05)])
 def test_layerwise_feedback_beside_skip_connections_converges_to_each_weight(rule: fb.Rule, steps: int, limit: float) -> None:
     net = fb.convert(Residual().double(), feedback="layerwise", rule=rule, noise_std=SIGMA)
     learn(net, half_sse, steps, lambda: batch(512, 16, 6, half_sse))

@@ -82,7 +82,6 @@ def _for_gpus_from(arch: int) -> str:
     return f"for GPUs from compute capability {arch // 10}.{arch % 10} on, this one has {'.'.join(map(str, capability))}"
 
 
-@constant  # Dynamo traces into a cached function
 @functools.cache
 def native(device: str) -> tuple[str, ...]:
     """The backends for tensors on a device, the best first."""
@@ -93,6 +92,7 @@ def native(device: str) -> tuple[str, ...]:
     return (*found, "reference", *tested)
 
 
+@constant  # Dynamo traces into a cached function
 def choose(backend: str, device: torch.device) -> str:
     """The backend for tensors on ``device``; ``RuntimeError`` where one is asked for by name and cannot be had."""
     usable: tuple[str, ...] = native(device.type)

@@ -167,9 +167,7 @@ class Waiting:
         if part == ("pool", "avg", *part[2:]) and torch.compiler.is_compiling():  # Block's backward differentiates it
             return None
         call = (func, args, {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs)
-        return replace(
-            self, ran=self.ran + 1, calls=(*self.calls, call), parts=(*self.parts, part), shape=_behind(self.shape, part)
-        )
+        return replace(self, ran=self.ran + 1, calls=(*self.calls, call), parts=(*self.parts, part), shape=_behind(self.shape, part))
 
     @property
     def layer(self) -> bool:

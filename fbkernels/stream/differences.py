@@ -147,7 +147,7 @@ def divide(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) ->
 
 
 def matmul(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
-    if len(args) != 2 or kwargs or mode.site.partial() and not alone:
+    if len(args) != 2 or kwargs or (mode.site.partial() and not alone):
         return None
     a, b = args
     da, db = mode.d(a), mode.d(b)
@@ -197,7 +197,9 @@ def batch_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool
     """gain / std * d, with the statistics of the clean stream."""
     if not alone:
         return None
-    given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, strict=False)) | kwargs
+    given = (
+        dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"), args, strict=False)) | kwargs
+    )
     x, weight, training, eps = given["input"], given.get("weight"), given.get("training", False), given.get("eps", 1e-5)
     var = None if training else given["running_var"].clone()
     out = func(*args, **kwargs)
@@ -220,7 +222,24 @@ def synchronised_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alon
 
 
 # a tensor made for each sample of the clean batch may stand beside an activity: an expanded class token
-_ALIGNED = {"add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "div", "cat", "concat", "where", "maximum", "minimum", "lerp"}
+_ALIGNED = {
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+    "mul",
+    "rmul",
+    "imul",
+    "div",
+    "cat",
+    "concat",
+    "where",
+    "maximum",
+    "minimum",
+    "lerp",
+}
 
 
 def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbkernels import ops, reference
-from fbkernels.layout import Layout
 from fbkernels.layers import Connection
+from fbkernels.layout import Layout
 from fbkernels.stream.chain import Norm
 
 
@@ -255,7 +255,14 @@ class Transport(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, name: str, errors: dict[str, Tensor] | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        B: Tensor,
+        connection: Connection,
+        name: str,
+        errors: dict[str, Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
         ctx.connection, ctx.name, ctx.errors = connection, name, errors

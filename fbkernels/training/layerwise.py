@@ -26,7 +26,9 @@ class Layerwise(Step):
         rule = self.network.settings.rule
         self.transports = self.probe != "exact"
         # B regresses on the errors of the layers, which the backward pass has to leave behind
-        self.learns = self.probe == "learned" or (self.learning and rule.adapts and rule.regresses and (self.perturbing or not rule.perturbs))
+        self.learns = self.probe == "learned" or (
+            self.learning and rule.adapts and rule.regresses and (self.perturbing or not rule.perturbs)
+        )
         if self.learns and torch.compiler.is_compiling():
             raise RuntimeError(f"{rule!r} in layerwise feedback cannot be compiled: use feedback='direct', or leave torch.compile out")
 
@@ -63,7 +65,9 @@ class Layerwise(Step):
         shape = {k: v for k, v in kwargs.items() if k not in ("weight", "bias")}
         connection, padding = Connection.of(name_of(func), weight, x, *args[3:], **shape)
         if connection.transposed and self.network.settings.rule.regresses and self.network.settings.rule.perturbs:
-            raise ValueError(f"{self.network.settings.rule!r} cannot learn B of {name_of(func)} in layerwise feedback: use feedback='direct'")
+            raise ValueError(
+                f"{self.network.settings.rule!r} cannot learn B of {name_of(func)} in layerwise feedback: use feedback='direct'"
+            )
         source = getattr(x, "_fb_source", None)
         carry = source[2] if source is not None and source[0] == mode.token and source[1] == point.name else ()
         d = mode.d(x)

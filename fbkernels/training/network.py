@@ -15,8 +15,8 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, names_of, place, untouched
-from fbkernels.stream.chain import Chain
 from fbkernels.rules.base import Gain, Measurement, Rule
+from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
 from fbkernels.training.autograd import Reach
 from fbkernels.training.checkpoint import checkpointed
@@ -74,7 +74,9 @@ class Network(Stateful):
                 raise RuntimeError(f"layer {step.unknown[0]!r} is new to the network: take an eager step before you compile")
             self.current = step
             return output
-        missed = [c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)]
+        missed = [
+            c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)
+        ]
         self.stale = bool(step.unknown or missed)
         self.watched = self.watched or bool(missed)
         self.current = step

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fbkernels import ops, reference
-from fbkernels.layout import Layout
 from fbkernels.layers import Connection
+from fbkernels.layout import Layout
 from fbkernels.rules.base import Gain, Measurement, Rule
 
 if TYPE_CHECKING:
