@@ -296,7 +296,7 @@ def configurations(dtype: torch.dtype, parts: int) -> list[dict[str, int]]:
         sizes = {1: [(128, 64), (64, 64)], 2: [(64, 64), (64, 32)], 3: [(64, 64), (64, 32)] if hopper else [(64, 32), (32, 64)]}
         tiles = [(*size, 32, 8, 4) for size in sizes[parts]]
     else:
-        tiles = [(64, 64 if parts < 3 else 32, 16, 8, 3)]
+        tiles = [(64, 64, 16, 8, 3) if parts < 3 else (32, 32, 16, 8, 3)]
     names = ("BM", "BN", "BK", "num_warps", "num_stages")
     return [dict(zip(names, tile, strict=True)) for tile in tiles]
 
@@ -375,5 +375,5 @@ def perturbed_conv2d(
         FLAT=channels // groups < tile["BK"] and kernel[0] * kernel[1] > 1,
         **tile,
         # else ptxas spills a few for the sake of a second program on the SM, which the others fit without
-        maxnreg=255 if update.tiles or (x.dtype == torch.float32 and precision() == "tf32") else None,
+        maxnreg=255 if update.tiles or (x.dtype == torch.float32 and (dx is not None or precision() == "tf32")) else None,
     )
