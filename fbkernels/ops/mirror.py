@@ -115,16 +115,24 @@ def outputs(a: Any) -> tuple[list[Tensor], Tensor]:
 
 
 def check(a: Any) -> None:
+    check_shapes(a)
+    for b, w, point in zip(a.B, a.W, a.points, strict=True):
+        check_key(NoiseKey(a.step, a.seed, point, a.samples * a.draws, 1.0, a.kind, a.offset), b[0].numel())
+        expect("B", b, a.step, *b.shape)
+        expect("W", w, b, *b.shape)
+
+
+def check_shapes(a: Any) -> None:
+    """What the compiled part does not see, or not in time: it is given matrices, one draw at a time."""
     if not len(a.B) == len(a.W) == len(a.points):
         raise ValueError(f"B, W and points must be of one length, got {len(a.B)}, {len(a.W)} and {len(a.points)}")
     integer("samples", a.samples, 1, 2**20)
     integer("draws", a.draws, 1)
-    for b, w, point in zip(a.B, a.W, a.points, strict=True):
+    for b, w in zip(a.B, a.W, strict=True):
         if b.ndim < 2 or not b.numel():
             raise ValueError(f"B must be [outputs, inputs, ...] and not empty, got shape {tuple(b.shape)}")
-        check_key(NoiseKey(a.step, a.seed, point, a.samples * a.draws, 1.0, a.kind, a.offset), b[0].numel())
-        expect("B", b, a.step, *b.shape)
-        expect("W", w, b, *b.shape)
+        if w.shape != b.shape:
+            raise ValueError(f"W must have shape {tuple(b.shape)}, got {tuple(w.shape)}")
 
 
 def offsets(a: Any) -> range:
@@ -144,28 +152,37 @@ def reference(a: Any) -> tuple[list[Tensor], Tensor]:
     return new, residual
 
 
+def matrix(t: Tensor) -> Tensor:
+    return t if t.ndim == 2 and t.dtype == torch.float32 and t.is_contiguous() else t.float().flatten(1).contiguous()
+
+
+def like(t: Tensor, new: Tensor) -> Tensor:
+    """The matrix in the shape, dtype and memory format of another tensor."""
+    if t.dtype == torch.float32 and t.is_contiguous():
+        return new if t.ndim == 2 else new.view(t.shape)
+    return torch.empty_like(t).copy_(new.view(t.shape))
+
+
 def by_kernel(a: Any, launch: Callable[..., None]) -> tuple[list[Tensor], Tensor]:
     """``launch(B, W, new, residual=, first=)`` takes float32 matrices, and fills new and residual."""
     if any(chosen_for(a.backend, t.device, t.dtype) == "reference" for t in (*a.B, *a.W)):
         return op.on("reference", a)  # type: ignore[no-any-return]
-    new, W = ([t.float().flatten(1).contiguous() for t in given] for given in (a.B, a.W))
+    new, W = [matrix(b) for b in a.B], [matrix(w) for w in a.W]
     residual = a.step.new_empty(len(new), dtype=torch.float32)
     for first in offsets(a):
         old, new = new, [torch.empty_like(b) for b in new]
         launch(old, W, new, residual=residual, first=first)
-    given = [b.dtype == torch.float32 and b.is_contiguous() for b in a.B]
-    new = [n.view(b.shape) if same else torch.empty_like(b).copy_(n.view(b.shape)) for n, b, same in zip(new, a.B, given, strict=True)]
-    return new, residual
+    return [like(b, n) for b, n in zip(a.B, new, strict=True)], residual
 
 
 def cpp(a: Any) -> tuple[list[Tensor], Tensor]:
-    check(a)  # before what is done to make matrices
+    check_shapes(a)
     key, threads = (a.step, a.seed, a.points, a.samples, a.kind), torch.get_num_threads()
     return by_kernel(a, lambda *layers, residual, first: _op.C.mirror(*layers, residual, None, *key, first, threads))
 
 
 def cuda(a: Any) -> tuple[list[Tensor], Tensor]:
-    check(a)
+    check_shapes(a)
     # the responses, and two sums of each block that makes them (mirror_scratch of csrc/mirror.h)
     numbers = sum(len(b) * a.samples + 2 * -(-len(b) // 64) * -(-a.samples // 64) for b in a.B)
     scratch, key = a.step.new_empty(numbers, dtype=torch.float32), (a.step, a.seed, a.points, a.samples, a.kind)
