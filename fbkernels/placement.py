@@ -314,7 +314,7 @@ _PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collection
 def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
     """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
     keep what they see, only ``ours`` run."""
-    modules = [m for m in net.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    modules = [m for m in net.modules() if not (isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("fbkernels.training"))]
     hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
     for m, every in hooks:
         m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))

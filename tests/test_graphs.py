@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fbkernels as fb
-from fbkernels import feedback as owner
+from fbkernels.training import network as owner
 
 STEPS, BATCH = 7, 9
 DATA = torch.randn(STEPS, BATCH, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()

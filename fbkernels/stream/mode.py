@@ -103,7 +103,7 @@ class Streams(TorchFunctionMode):
         """Whether a tensor lives longer than a step: a buffer or parameter, which has clean values and no difference."""
         if id(t) in self.buffers or (t.is_leaf and t.requires_grad):
             return True
-        base = t._base if t._is_view() else None
+        base = None if torch.compiler.is_compiling() or not t._is_view() else t._base
         return base is not None and (id(base) in self.buffers or (base.is_leaf and base.requires_grad))
 
     # a call

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fbkernels._compile import constant
+from fbkernels.placement import untouched
 
 if TYPE_CHECKING:
     from fbkernels.training.network import Network
@@ -60,8 +61,11 @@ def placed(key: int, args: Any, kwargs: Any) -> bool:
         try:
             with torch.random.fork_rng([]):
                 given = _made(args), _made(kwargs)
-            network.placement = network.find(network.root[0], *given)
+            root = network.root[0]
+            network.placement, network.stale = network.find(root, *given), False
+            if network.settings.rule.mirrors:  # whose B settles before its first use
+                with torch.enable_grad(), untouched(root, network.runs):
+                    network.run(network.begin(root, *given), root, *given)
         finally:
             torch.compiler._is_compiling_flag = before
-        network.stale = False
     return True
