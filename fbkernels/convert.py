@@ -85,6 +85,10 @@ def convert(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if any(isinstance(m, Network) for m in model.modules()):
         raise ValueError("model is converted already: use fbkernels.revert first")
+    script = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if script is not None:
+        where = f"module {script!r}" if script else "model"
+        raise ValueError(f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from")
     one_of("feedback", feedback, ("direct", "layerwise"))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     ops.choose(backend, device)
@@ -119,8 +123,6 @@ def convert(
         exclude=_patterns("exclude", exclude),
         found=points is None and "point" not in places.values(),
     )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"model is a {type(model).__name__}, whose calls nobody sees: convert the module that it was scripted from")
     network = Network(settings)
     net = _copied(model)
     for module in net.modules():

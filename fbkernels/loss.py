@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -91,11 +92,20 @@ class PerturbedLoss(nn.Module):
         elif network.processes is None or network.processes.group is not (group or torch.distributed.group.WORLD):
             network.processes = Processes(group, network.step.device)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerturbedLoss:
+        """Of the same network, unless that is copied with it."""
+        own, net = self.__dict__, self._net[0]
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo.setdefault(id(net), net)
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in own.items()})
+        return new
+
     def forward(self, output: Any, target: Any) -> Tensor:
         root = self._net[0]
         network = root.feedback
         assert isinstance(network, Network)
-        if not root.training:
+        if not root.training or not torch.is_grad_enabled():
             return self.criterion(output, target)
         if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
@@ -112,16 +122,18 @@ class PerturbedLoss(nn.Module):
             flat = [step.layouts[i].units_of(t, step.samples) for i, t in zip(chosen, e, strict=True)]
             m = network.measure(step, flat[0] if len(flat) == 1 else torch.cat(flat, 1), dL, dy, ok, dtype)
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
-        learns = rule.adapts and step.learning and (perturbed or not rule.perturbs)
+        learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
-        network.current = None
+        network.current, step.taken = None, True
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
 
                 m.targets = true_gradients(root, step, self.per_sample, target)
             if learns and rule.mirrors:
-                rule.reflect([network.points[name] for name in step.activities if network.points[name].weight is not None], network.step)
+                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
+                if read:
+                    rule.reflect(read, network.step)
             elif learns and not network.settings.layerwise:
                 network.schedule(m)
             network.advance()

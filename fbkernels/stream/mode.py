@@ -142,7 +142,9 @@ class Streams(TorchFunctionMode):
         if before is not None and before[0] == self.token and in_place(name_of(func), args, kwargs):
             self.site.written(before[1])
 
-        if self.site.rows_first and kind == "linear" and name_of(func) == "view" and (x := self.plain(args[0])) is not args[0]:
+        name = name_of(func) if self.site.rows_first and args and marked[0][0] is args[0] else ""
+        # torch's backward of a group norm crashes on channels-last maps that need no gradient
+        if name in ("view", "group_norm") and (x := self.plain(args[0])) is not args[0]:
             d = self.d(args[0])
             self.put(x, None if d is None else d.contiguous(), first[2])
             args, marked = (x, *args[1:]), [(x, self.mark(x))]  # type: ignore[list-item]

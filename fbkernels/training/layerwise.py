@@ -95,7 +95,7 @@ class Layerwise(Step):
 
     def record(self, m: Measurement) -> Any:
         network = self.network
-        if not self.learns or self.probe:
+        if not self.learns or self.probe or (self.samples == 0 and m.part is None):
             return None
 
         def record(c: Tensor) -> None:
@@ -123,9 +123,11 @@ class Layerwise(Step):
                 delta = delta[: m.rows].to(dtype)
                 c, ok = scale[: m.rows].to(dtype), m.ok
             else:
-                copies = point.layout.copies
-                delta = point.layout.rows.first(delta, self.samples).flatten(0, 1).to(dtype)
-                c, ok = scale.to(dtype).repeat_interleave(copies), m.ok.repeat_interleave(copies)
+                if point.connection.convolution and not point.layout.rows.plain:
+                    raise ValueError(f"{rule!r} cannot learn B of point {name!r}, whose rows are not a sample's together: use feedback='direct'")
+                who, order = point.owners(self.samples)
+                delta = delta.to(dtype) if point.connection.convolution else delta.flatten(0, -2)[order].to(dtype)
+                c, ok = scale.to(dtype)[who[order]], m.ok[who[order]]
             column = (-1, *[1] * (delta.ndim - 1))
             c = c.view(column)
             ok = ok.view(column) & (c != 0) & torch.isfinite(delta).flatten(1).all(1).view(column)

@@ -55,7 +55,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = False
+        self.warned = self.unseen = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -65,7 +65,7 @@ class Network(Stateful):
 
     def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
         """The model's own forward, in training with both streams."""
-        if not root.training:
+        if not root.training or not torch.is_grad_enabled():  # what cannot learn is the plain model
             return type(root).forward(root, *args, **kwargs)
         step = self.begin(root, args, kwargs)
         output = self.run(step, root, args, kwargs)
@@ -106,14 +106,14 @@ class Network(Stateful):
                 "learned feedback inside a torch.func transform: it would differentiate through the forward weights instead of B; "
                 "call loss.backward() or torch.autograd.grad"
             )
+        compiling = torch.compiler.is_compiling()
+        if compiling:  # before Dynamo has seen a point's tensors
+            placed(self.key, described(args), described(kwargs))
         if settings.layerwise:
             self.flush()
         if capturing(self.step):
             self._capture()
         self.current = None
-        compiling = torch.compiler.is_compiling()
-        if compiling:
-            placed(self.key, described(args), described(kwargs))
         placement = self.placement
         samples = self._samples(placement, args, kwargs)
         if compiling:
@@ -239,6 +239,8 @@ class Network(Stateful):
                 t = Reach.apply(t, *step.activities.values())
             elif any(t is own for own in step.activities.values()):
                 t = t.view_as(t)
+            if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
+                t.register_hook(lambda g: self._unseen(step))
             step.layouts.append(Layout.of(t, step.samples, False, 1, rows))
             step.outputs.append(t)
             step.changes.append(None if mark is None else mark[1])
@@ -369,6 +371,15 @@ class Network(Stateful):
         if not self.warned and not torch.compiler.is_compiling() and self.skipped.device.type == "cpu" and int(self.skipped):
             self.warned = True
             warnings.warn(f"{int(self.skipped)} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=4)
+
+    def _unseen(self, step: Step) -> None:
+        if not step.taken and not self.unseen:
+            self.unseen = True
+            warnings.warn(
+                "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
+                "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
+                stacklevel=2,
+            )
 
     def extra_repr(self) -> str:
         return str(self.settings)

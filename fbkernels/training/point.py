@@ -64,6 +64,9 @@ class Stateful(nn.Module):
                 continue
             if prefix + name in unexpected:
                 unexpected.remove(prefix + name)
+            if metadata.get("assign_to_params_buffers", False):
+                self.state[name] = given.detach()
+                continue
             if name not in self.state or self.state[name].shape != given.shape:
                 self.state[name] = torch.empty_like(given, device=self.home())
             self.state[name].copy_(given)
@@ -285,7 +288,22 @@ class FeedbackPoint(Stateful):
         xi = self.noise(m.step, m.rows, dtype, m.first) if target is None else target.to(dtype)
         for name, rearrange in self.carry:
             xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
-        return self.connection.samples(xi)
+        xi = self.connection.samples(xi)
+        plain = self.connection.convolution or self.layout is None or self.layout.plain
+        return xi if plain else xi[self.owners(m.rows)[1]]
+
+    def owners(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Whose each row is that the layer reads, and the order that puts a sample's rows together."""
+        assert self.layout is not None and self.connection is not None
+        index = torch.arange(samples, device=self.network.step.device)
+        if self.connection.convolution:
+            who = index.repeat_interleave(self.layout.copies)
+            return who, torch.arange(len(who), device=who.device)
+        who = self.layout.activity(index[:, None].expand(-1, self.layout.units).double())
+        for name, rearrange in self.carry:
+            who = rearrange(who)
+        who = self.connection.samples(who)[:, 0].long()
+        return who, who.argsort(stable=True)
 
     def regressors(self, delta: Tensor) -> Tensor:
         """R at the point's own positions: padding before a convolution sends the error of its copies back to where they came from."""
@@ -325,7 +343,7 @@ class FeedbackPoint(Stateful):
     def __getstate__(self) -> dict[str, Any]:
         if self._network:
             self.network.flush()
-        return {**self.__dict__, "carry": ()}
+        return {**self.__dict__, "carry": (), "_weight": ()}
 
 
 class Entered:

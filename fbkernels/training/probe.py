@@ -62,18 +62,18 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     placement.settled = True
     if x.is_meta:  # which has no values that could show it
         return
-    rows: list[Any] = []
-    for dim in range(x.ndim):
+    # a sample's rows change alone; or most, in a network that mixes samples: h / h.max()
+    for dim, share in ((dim, share) for share in (0.0, 0.5) for dim in range(x.ndim)):
         n = x.shape[dim]
         placement.batch = Rows(dim)
         placement.settled = n > 1
         if n < 2:
             continue
         probe, outputs = _run(network, placement, given, dim, root, args, kwargs)
-        rows = [rows_of(h, d, n, 1) for h, d in outputs]
+        rows = [rows_of(h, d, n, 1, share) for h, d in outputs]
         if all(r is not None for r in rows):
             placement.outputs = tuple(rows)
-            placement.rows = {name: rows_of(h, d, n, 1) for name, (h, d) in probe.seen.items()}
+            placement.rows = {name: rows_of(h, d, n, 1, share) for name, (h, d) in probe.seen.items()}
             return
     placement.batch, placement.settled = Rows(), False
     if x.ndim and len(x) < 2:
@@ -114,12 +114,14 @@ def exchanged(x: Tensor, dim: int) -> Tensor:
     return d
 
 
-def rows_of(h: Tensor, d: Tensor | None, n: int, sample: int) -> Rows | None:
-    """Where the rows of one of n samples are, by where its difference is; None where they are no dimension's part."""
+def rows_of(h: Tensor, d: Tensor | None, n: int, sample: int, share: float) -> Rows | None:
+    """Where the rows of one of n samples are, by where its difference is, or is more than that share of the largest; None where they are no
+    dimension's part."""
     if d is None or not d.numel() or not d.any() or not (d == d).all():
         return Rows() if h.ndim and len(h) == n else None  # it shows nowhere: constant, dead units, a diverged network
     # another memory format rounds otherwise, so a row that did not change may show a rounding
-    changed = ~(d.abs() <= d.abs().max() * torch.finfo(d.dtype).eps ** 0.5) if d.is_floating_point() else d != 0
+    least = max(share, torch.finfo(d.dtype).eps ** 0.5) if d.is_floating_point() else share
+    changed = d.abs() > d.abs().max() * least
     for dim, size in enumerate(h.shape):
         if size % n:
             continue
