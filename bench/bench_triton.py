@@ -146,7 +146,7 @@ def one_launch(layer: nn.Conv2d | nn.Linear, x: Tensor, dx: Tensor, std: float, 
         B = torch.randn(h[0].numel(), OUTPUTS, device=x.device)
         gains = [torch.randn(len(x), *shape, device=x.device) for shape in ((OUTPUTS,), (OUTPUTS,), ())]
     update = kernels.plan(B, None, None, *gains, step if learns else None, 0, "gaussian", x)
-    given = (x, dx, layer.weight, layer.bias, *how, "relu", step, 0, 0, len(x), std, "gaussian", False, 0, h, d, None, update)
+    given = (x, dx, layer.weight, layer.bias, *how, "relu", step, 0, 0, len(x), std, "gaussian", 0, False, h, d, None, update)
 
     def run() -> tuple[Tensor, Tensor]:
         kernels.perturbed_conv2d(*given, configuration)

@@ -251,7 +251,7 @@ def perturbed_pointwise(
     )
     size = out_height * out_width
     BN = min(128, max(16, triton.next_power_of_2(channels)))
-    BM = 4096 // BN  # 16 numbers a thread
+    BM = (4096 if dz is None or not antithetic else 2048) // BN  # 16 numbers a thread, of differences of both signs 8
     if len(z) * size >= 2**31:
         raise ValueError(f"perturbed_pointwise takes fewer than 2^31 positions of a batch, got {len(z) * size}")
     tiles = triton.cdiv(len(z) * size, BM) * triton.cdiv(channels, BN)
