@@ -165,7 +165,7 @@ _PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn
 
 def _forward(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a converted network, beside its class' own."""
-    return net.feedback.forward(net, args, kwargs)  # type: ignore[operator, union-attr]
+    return net.feedback.forward(net, args, kwargs)  # type: ignore[union-attr]
 
 
 def _copied(model: nn.Module) -> nn.Module:

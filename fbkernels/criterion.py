@@ -47,8 +47,8 @@ class PerSample:
             self.cross_entropy = e.func is nn.functional.cross_entropy and not e.args and e.keywords.keys() == {"reduction"}
 
     def __call__(self, output: Any, target: Any, whole: Any = None) -> Tensor:
-        """A loss for each row of the output, such that their mean, or sum, is the criterion's value; ``whole``: the target of the batch that
-        these rows are of."""
+        """A loss for each row of the output, such that their mean, or sum, is the criterion's value; ``whole``: the target of the whole
+        batch."""
         logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
         target = tree_map_only(Tensor, lambda t: t.to(logits.dtype) if t.is_floating_point() else t, target)
         losses = self._losses(output, target)

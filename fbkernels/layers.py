@@ -124,10 +124,12 @@ class Connection:
         """A weight as [outputs, fan-in ...]: what each output answers to noise in its fan-in. Of all but transposed layers it is that."""
         if not self.transposed:
             return weight
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        rows: Tensor = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return rows
 
     def unanswers(self, rows: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of ``answers``."""
         if not self.transposed:
             return rows
-        return rows.unflatten(0, (self.groups, -1)).transpose(1, 2).reshape(shape)
+        weight: Tensor = rows.unflatten(0, (self.groups, -1)).transpose(1, 2).reshape(shape)
+        return weight

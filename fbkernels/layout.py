@@ -26,7 +26,8 @@ class Rows:
     def first(self, t: Tensor, n: int) -> Tensor:
         """[N, rows of a sample, ...]"""
         t = t.movedim(self.dim, 0)
-        return t.unflatten(0, (-1, n)).transpose(0, 1) if self.strided else t.unflatten(0, (n, -1 if n else 1))
+        rows: Tensor = t.unflatten(0, (-1, n)).transpose(0, 1) if self.strided else t.unflatten(0, (n, -1 if n else 1))
+        return rows
 
     def back(self, t: Tensor) -> Tensor:
         """The inverse of ``first``."""

@@ -182,7 +182,7 @@ def signals(
         and not torch.compiler.is_compiling()
         and ops.backend_of(y, step.network.settings.backend) == "triton"
     ):
-        moved = step.rows(y) + changes[0] if moves else None
+        moved = step.rows(y) + changes[0] if moves else None  # type: ignore[operator]
         losses, e, dL, dy, ok = ops.perturbed_cross_entropy(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend="triton"
         )

@@ -120,8 +120,8 @@ def _gradients(
         _, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
         per_sample(output, target).sum().backward()
     else:
-        losses, e, *change = signals(step, per_sample, output, chosen, target)
-        attach(step, network.measure(step, _flat(step, e), *change, dtype=torch.float64), losses, e, chosen).sum().backward()
+        losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
+        attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward()
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}
     for name in (n for n in activities if not network.points[n].reads):

@@ -278,7 +278,7 @@ def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], expli
 
 
 def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool) -> Placement:
-    """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or one that is read already."""
+    """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or is read already."""
     claimed: list[str] = []
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
@@ -300,8 +300,8 @@ def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[i
     unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in claimed]
     if unread:
         raise ValueError(
-            f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include and "
-            "exclude, which gives each layer a B of its own"
+            f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include "
+            "and exclude, which gives each layer a B of its own"
         )
     placement.points = tuple(claimed)
     return placement
@@ -314,7 +314,7 @@ _PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collection
 def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
     """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
     keep what they see, only ``ours`` run."""
-    modules = [m for m in net.modules() if not (isinstance(m, torch.jit.ScriptModule) or type(m).__module__.startswith("fbkernels.training"))]
+    modules = [m for m in net.modules() if not type(m).__module__.startswith("fbkernels.training")]
     hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
     for m, every in hooks:
         m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))

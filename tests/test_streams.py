@@ -270,7 +270,7 @@ def test_a_gate_on_the_layer_itself() -> None:
             return self.out(h * torch.sigmoid(h))
 
     model, x = Gate().double(), torch.randn(6, 3).double()
-    clean, perturbed = streams_of(model, (x,), noise_std=STD, seed=11)
+    _, perturbed = streams_of(model, (x,), noise_std=STD, seed=11)
     h = model.fc(x) + ops.noise(torch.tensor(0), 11, 0, 6, 4, STD, "gaussian", dtype=torch.float64)
     close(perturbed, model.out(h * torch.sigmoid(h)).detach())
 

@@ -1,4 +1,4 @@
-"""A chain: a layer and the calls between it and its point. Where nobody else reads between them, they run in one launch at the last call."""
+"""A chain: a layer and the calls up to its point. Where nobody else reads between them, they run in one launch at the last call."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def _same(t: Tensor) -> Tensor:
 
 
 def fusible(names: Sequence[str], alone: Sequence[bool]) -> tuple[bool, ...]:
-    """Of the calls of a chain, the layer first: whether each and all behind it may run as one. ``alone[i]``: only call i + 1 reads call i."""
+    """Of the calls of a chain, the layer first: whether each and all behind it may run as one. ``alone[i]``: nobody else reads call i."""
     fuses = [False] * len(names)
     kinds: set[str] = set()
     for i in reversed(range(len(names))):

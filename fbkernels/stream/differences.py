@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from fbkernels.stream.synchronised import normalised
 if TYPE_CHECKING:
     from fbkernels.stream.mode import Streams
 
-Args, Kwargs, Result = tuple[Any, ...], dict[str, Any], "tuple[Any, Any] | None"
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+Result: TypeAlias = tuple[Any, Any] | None
 
 
 def linear(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
@@ -76,7 +78,7 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
         with torch.no_grad(), _exact(x):
             h = mode.site.rows(x.detach(), mode.d(x)).float()
             given = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args[1:]]
-            d = func(h + mode.d(x), *given, **kwargs) - func(h, *given, **kwargs)
+            d = func(h + mode.d(x), *given, **kwargs) - func(h, *given, **kwargs)  # type: ignore[operator]
         out = func(*args, **kwargs)
         return out, d.to(out.dtype)
     with torch.no_grad():
@@ -178,7 +180,7 @@ def dropout(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -
     rest = {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs
     with torch.no_grad():
         mask = func(torch.ones_like(mode.plain(x)), *args[1:3], **{k: v for k, v in rest.items() if k != "input"})
-        d = mode.d(x) * mode.site.rows(mask)
+        d = mode.d(x) * mode.site.rows(mask)  # type: ignore[operator]
     return (x.mul_(mask) if written else x * mask), d
 
 
@@ -283,7 +285,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         other_out = func(*pargs, **pkwargs)
         base = func(*hargs, **hkwargs) if low else out
     if name == "__setitem__":
-        other_out, base = pargs[0], hargs[0] if low else result
+        other_out, base = pargs[0], hargs[0] if low else result  # type: ignore[misc]
     with torch.no_grad():
         d = _difference(mode, other_out, base, result, low)
         if written and isinstance(target, Tensor) and isinstance(d, Tensor) and _is_view(target):
@@ -349,7 +351,7 @@ def _drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.devic
 def _set_generators(state: tuple[Tensor, Tensor | None], device: torch.device | None) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
+        torch.cuda.set_rng_state(state[1], device)  # type: ignore[arg-type]
 
 
 def _is_view(t: Tensor) -> bool:

@@ -32,7 +32,9 @@ _METADATA = """
     is_signed __reduce_ex__ can_cast promote_types
 """
 _GRADIENTS = "register_hook retain_grad register_post_accumulate_grad_hook"
-_LOOKS = "item __bool__ tolist numpy __float__ __int__ __index__ __array__ __repr__ __format__ __contains__ equal allclose is_nonzero __complex__"
+_LOOKS = """
+    item __bool__ tolist numpy __float__ __int__ __index__ __array__ __repr__ __format__ __contains__ equal allclose is_nonzero __complex__
+"""
 _PROPERTIES = """
     shape device dtype ndim requires_grad is_cuda grad is_leaf grad_fn layout is_sparse is_mkldnn is_quantized is_meta is_nested itemsize
     nbytes _version is_mps is_xpu is_cpu is_ipu is_xla _base output_nr name names _backward_hooks
@@ -86,7 +88,8 @@ def _table() -> dict[Any, str]:
     put("synchronised_norm", synchronised)
     put("layer", *_named(*LAYERS))
     put("metadata", *_named(*_METADATA.split()), *(_setters("requires_grad", "grad")))
-    put("metadata", *(p.__get__ for n in _PROPERTIES.split() if hasattr(p := getattr(Tensor, n, None), "__get__") and not callable(p)))
+    properties: list[Any] = [getattr(Tensor, n, None) for n in _PROPERTIES.split()]
+    put("metadata", *(p.__get__ for p in properties if hasattr(p, "__get__") and not callable(p)))
     put("gradient", *_named(*_GRADIENTS.split()))
     put("look", *_named(*_LOOKS.split()))
     return kinds

@@ -231,8 +231,8 @@ class Streams(TorchFunctionMode):
             if cls.__name__ == "BackwardHookFunction":  # the identity: torch's own, of full backward hooks
                 out = plain(*args, **kwargs)
                 for t, o in zip(args, out if isinstance(out, tuple) else (out,), strict=False):
-                    if (mark := self.mark(t)) is not None:
-                        o._fb = mark
+                    if (own := self.mark(t)) is not None:
+                        o._fb = own
                 return out
             if not marked:
                 return plain(*args, **kwargs)
@@ -383,7 +383,7 @@ class Streams(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def shown(mode: Streams) -> Iterator[None]:
+def shown(mode: Any) -> Iterator[None]:
     """While it lasts, custom autograd.Functions go through the mode too: torch shows them to none."""
     if torch.compiler.is_compiling():
         yield

@@ -124,7 +124,7 @@ class Layerwise(Step):
                 c, ok = scale[: m.rows].to(dtype), m.ok
             else:
                 if point.connection.convolution and not point.layout.rows.plain:
-                    raise ValueError(f"{rule!r} cannot learn B of point {name!r}, whose rows are not a sample's together: use feedback='direct'")
+                    raise ValueError(f"{rule!r} cannot learn B of point {name!r}, whose samples are not its rows: use feedback='direct'")
                 who, order = point.owners(self.samples)
                 delta = delta.to(dtype) if point.connection.convolution else delta.flatten(0, -2)[order].to(dtype)
                 c, ok = scale.to(dtype)[who[order]], m.ok[who[order]]

@@ -63,7 +63,7 @@ class Network(Stateful):
 
     # the forward
 
-    def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # type: ignore[override]
+    def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's own forward, in training with both streams."""
         if not root.training or not torch.is_grad_enabled():  # what cannot learn is the plain model
             return type(root).forward(root, *args, **kwargs)
@@ -201,11 +201,11 @@ class Network(Stateful):
         own = {m.name: m for m in modules.values() if isinstance(m, FeedbackPoint) and m.name}
         self.points.clear()
         for index, name in enumerate(placement.points):
-            point = own.get(name)
+            point: Any = own.get(name)
             if point is None:
                 key = name.removesuffix(".input").replace(".", "/")
                 if name.endswith(".input"):
-                    point = self.readers[key] if key in self.readers else None
+                    point = self.readers[key] if key in self.readers else None  # noqa: SIM401
                 if point is None:
                     point = FeedbackPoint()
                     point.converted = True

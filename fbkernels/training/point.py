@@ -162,7 +162,8 @@ class FeedbackPoint(Stateful):
     def passed(self, h: Tensor) -> Tensor:
         """The point runs, in the forward that records or trains."""
         run = self.network.running[0]
-        return run.point(self.name, h) if hasattr(run, "calls") else run.pass_point(self.name, self.maps, h)
+        out: Tensor = run.point(self.name, h) if hasattr(run, "calls") else run.pass_point(self.name, self.maps, h)
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, index={self.index}" if self._network else "not converted"
@@ -300,7 +301,7 @@ class FeedbackPoint(Stateful):
             who = index.repeat_interleave(self.layout.copies)
             return who, torch.arange(len(who), device=who.device)
         who = self.layout.activity(index[:, None].expand(-1, self.layout.units).double())
-        for name, rearrange in self.carry:
+        for _, rearrange in self.carry:
             who = rearrange(who)
         who = self.connection.samples(who)[:, 0].long()
         return who, who.argsort(stable=True)

@@ -1,4 +1,4 @@
-"""Which rows are whose: one sample of the input is exchanged, and its difference shows where that sample is (HOUSE: never guess by size)."""
+"""Which rows are whose: one sample of the input is exchanged, and the difference shows where that sample is."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     if x.ndim and len(x) < 2:
         return
     raise ValueError(
-        f"the network's output cannot be matched with the samples of its input {tuple(x.shape)}: a sample's output must depend on that sample "
-        "alone, batch norm apart"
+        f"the network's output cannot be matched with the samples of its input {tuple(x.shape)}: a sample's output must depend on that "
+        "sample alone, batch norm apart"
     )
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """One training forward, and what its loss and its backward pass need of it. ``Direct`` and ``Layerwise`` say what happens at a point."""
+    """One training forward, and what its loss and its backward pass need. ``Direct`` and ``Layerwise`` say what happens at a point."""
 
     def __init__(self, network: Network, placement: Placement, samples: int, learning: bool, perturbing: bool, probe: str) -> None:
         settings = network.settings
@@ -85,7 +85,7 @@ class Step:
         rows = self.placement.rows.get(point, Rows())
         if rows is None:
             raise ValueError(
-                f"the rows of point {point!r} cannot be matched with samples: exclude it, or give points=[...] where the batch is a dimension"
+                f"the rows of point {point!r} cannot be matched with samples: exclude that layer, or name others with points=[...]"
             )
         return rows
 
@@ -116,6 +116,12 @@ class Step:
 
     def point(self, mode: Streams, chain: Chain, h: Tensor, d: Tensor | None, waiting: Waiting | None) -> tuple[Tensor, Tensor, Any]:
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """What is known once a step begins."""
+
+    def learn(self, m: Measurement) -> None:
+        """Layerwise: what the backward pass has shown."""
 
     def record(self, m: Measurement) -> Any:
         """What the loss's backward does with its own scale."""
