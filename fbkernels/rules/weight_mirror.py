@@ -19,10 +19,10 @@ SETTLED = 0.0025  # |W - B|^2 / |W|^2: 2.9 degrees
 
 
 class WeightMirror(Rule):
-    """B learns W from the layer's answers to noise (Akrout et al. 2019), with nothing to tune: ``Z = Xi W^T`` to S samples of noise of the
-    layer's own fan-in n, ``B <- B + Xi^T (Z - Xi B) / (S + n + 1)``.
+    """B learns W from the layer's answers to noise (Akrout et al. 2019), with nothing to tune: ``Z = Xi W^T`` to S samples of Rademacher
+    noise of the layer's own fan-in n, ``B <- B + Xi^T (Z - Xi B) / (S + n - 1)``.
 
-    By that E|W - B|^2 falls to (n + 1) / (S + n + 1) a step, to zero, since the answer has no noise. It needs no loss, no batch and no
+    By that E|W - B|^2 falls to (n - 1) / (S + n - 1) a step, to zero, since the answer has no noise. It needs no loss, no batch and no
     second stream. B is zero at the start, and mirrored before its first use until it knows W to three degrees (at most ``cap`` times the
     samples that theory needs for that). Every process computes the same B from the same counters, and sends nothing. Layerwise only.
 
@@ -63,7 +63,7 @@ class WeightMirror(Rule):
 
     def _key(self, point: FeedbackPoint) -> tuple[int, list[int], int, str]:
         settings = point.network.settings
-        return settings.seed, [point.index], self.samples, settings.noise
+        return settings.seed, [point.index], self.samples, "rademacher"
 
     def _how(self, point: FeedbackPoint) -> dict[str, str]:
         return {"backend": point.network.settings.backend}
