@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fbkernels import ops
 from fbkernels.criterion import PerSample, error
+from fbkernels.layout import Layout
 from fbkernels.training.autograd import Deliver
 from fbkernels.training.network import Network
 from fbkernels.training.processes import Processes, several
@@ -110,11 +111,13 @@ class PerturbedLoss(nn.Module):
         if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule
+        if step is not None:
+            step.taken = True
         chosen = None if step is None else given(step, output)
         if step is None or chosen is None:
             raise ValueError(
-                "PerturbedLoss must be called once, with the output of the network's last training forward; a loss of several parts is one "
-                "criterion, and mixup mixes the targets instead of the losses"
+                "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it; "
+                "what else follows belongs into forward, a loss of several parts is one criterion, and mixup mixes the targets"
             )
         losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
         dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)
@@ -124,7 +127,7 @@ class PerturbedLoss(nn.Module):
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
-        network.current, step.taken = None, True
+        network.current = None
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
@@ -147,7 +150,7 @@ def given(step: Step, output: Any) -> list[int] | None:
     for t in tree_flatten(output)[0]:
         if not isinstance(t, Tensor):
             continue
-        i = next((i for i, own in enumerate(step.outputs) if same(t, own)), None)
+        i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
         if i is None:
             return None
         chosen.append(i)
@@ -160,6 +163,34 @@ def same(logits: Tensor, own: Tensor) -> bool:
         return True
     node: Any = getattr(logits, "grad_fn", None)
     return type(node).__name__ == "_DDPSinkBackward" and any(own.grad_fn is f[0] for f in node.next_functions)
+
+
+# linear functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
+_LINEAR = {
+    *("ToCopy", "Squeeze", "Unsqueeze", "View", "ReshapeAlias", "UnsafeView", "Clone", "Select", "Slice", "Alias", "Transpose", "Permute", "T"),
+    *("Div", "Mul", "Neg", "Index", "IndexSelect", "Flatten", "Unflatten"),
+}
+
+
+def followed(step: Step, i: int, t: Tensor) -> bool:
+    """Whether t is output i behind linear functions of torch: then it takes that output's place, and its change is what they make of it."""
+    own, change = step.outputs[i], step.changes[i]
+    node: Any = None if torch.compiler.is_compiling() else t.grad_fn
+    while node is not None and node != own.grad_fn:
+        before = [f for f, _ in node.next_functions if f is not None]
+        if node.name().rstrip("0123456789").removesuffix("Backward") not in _LINEAR or len(before) != 1:
+            return False
+        (node,) = before
+    if node is None or step.partial() or t.ndim == 0 or (step.samples and len(t) % step.samples):
+        return False
+    if change is not None:
+        with torch.enable_grad():  # J d as the derivative of J^T v with respect to v
+            v = torch.zeros_like(t, requires_grad=True)
+            (back,) = torch.autograd.grad(t, own, v, create_graph=True)
+            (step.changes[i],) = torch.autograd.grad(back, v, change.to(back.dtype))
+    step.layouts[i] = Layout.of(t, step.samples, False, 1, step.layouts[i].rows)
+    step.outputs[i] = t
+    return True
 
 
 def signals(
