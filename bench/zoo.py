@@ -571,8 +571,9 @@ def watched(net: Any) -> Iterator[list[Activity]]:
         yield found
     placement = net.feedback.placement
     for h in found:
-        rows = placement.rows[h.name]
-        h.index, h.dim, h.strided = fb.points(net)[h.name].index, rows.dim, rows.strided
+        h.index = fb.points(net)[h.name].index
+        if (rows := placement.rows.get(h.name)) is not None:  # else the batch comes first
+            h.dim, h.strided = rows.dim, rows.strided
         h.channels_first = any(chain.maps for chain in placement.layers.values() if chain is not None and chain.point == h.name)
 
 
