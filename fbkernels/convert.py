@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import functools
+import inspect
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,7 +155,10 @@ def convert(
     # a child of the first point and not of the network, which may be a Sequential that runs its children
     next(iter(network.points.values())).shared = network
     net.__dict__["feedback"] = network
-    net.__dict__["forward"] = MethodType(_forward, net)
+    # no bound method: pickle would look for it in the class. Exporters ask for the signature
+    forward = functools.partial(_forward, net)
+    forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
+    net.__dict__["forward"] = forward
     net.register_load_state_dict_pre_hook(network.check)
     network.root = (net,)
     network.train(model.training)

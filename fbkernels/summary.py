@@ -72,7 +72,7 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
             root = copy.deepcopy(root).to("meta").train()
             network_of(root).adopt(network)
             z = root(x.to("meta"))
-            PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), root)(z, z.detach()).sum().backward()
+            PerturbedLoss(_squares, root)(z, None).sum().backward()
             network_of(root).flush()
         peak = memory.peak
         text = f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
@@ -87,6 +87,11 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
     return Summary(rows, title, peak)
+
+
+def _squares(output: Any, target: Any) -> Tensor:
+    """A loss of any output, one for each sample."""
+    return torch.stack([t.flatten(1).square().sum(1) if t.ndim > 1 else t.square() for t in tree_leaves(output)]).sum(0)
 
 
 def _bytes(state: Mapping[str, Tensor]) -> int:

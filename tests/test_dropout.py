@@ -66,8 +66,8 @@ def test_with_the_output_weight_as_b_it_is_backprop(drop: str, backend: str, dty
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     criterion(net(x), y)
     (point,) = fb.points(net).values()
-    assert point.shape == (4, *([3, 3] if "pooling" in drop else [6, 6]))
-    point.B = reference.units(model.out.weight.detach().view(5, *point.shape), True).T
+    assert point.layout.shape == (4, *([3, 3] if "pooling" in drop else [6, 6]))
+    point.B = reference.units(model.out.weight.detach().view(5, *point.layout.shape), True).T
 
     torch.manual_seed(1)
     loss = criterion(net(x), y)

@@ -54,7 +54,7 @@ def captured(
     before = {k: t.clone() for k, t in tensors(net).items()}
     with monkeypatch.context() as m:
         m.setattr(owner, "capturing", lambda _: True)
-        m.setattr(owner.Feedback, "warn", lambda _: None)  # which looks at the count of skipped samples on a CPU alone
+        m.setattr(owner.Network, "warn", lambda _: None)  # which looks at the count of skipped samples on a CPU alone
         graph = make_fx(step)(DATA[0], TARGETS[0])
     with torch.no_grad():
         for k, t in tensors(net).items():
