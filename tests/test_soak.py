@@ -53,6 +53,7 @@ def test_the_committed_soak_leaked_nothing() -> None:
     assert record["versions"]["fbkernels"] == fb.__version__
     for name, r in record["results"].items():
         assert r["bytes_per_step_upper"] < soak.SMALLEST, name
-        assert soak.slope(*r["memory"]) == (r["bytes_per_step"], r["bytes_per_step_upper"])
+        # least squares by the processor's own LAPACK kernels
+        assert soak.slope(*r["memory"]) == pytest.approx((r["bytes_per_step"], r["bytes_per_step_upper"]), rel=1e-9)
         assert r["skipped"] == r["non_finite_losses"] == 0
         assert r["steps"] == r["counted_steps"]
