@@ -5,7 +5,8 @@
 #include "dispatch.h"
 #include "simd.h"
 
-// phi and phi' of SPEC 1 on vectors, for *_simd.cpp. tests/ops/test_perturbed_pointwise.py measures them against float64.
+// phi and phi' of SPEC 1 on vectors, for *_simd.cpp. tests/ops/test_perturbed_pointwise.py measures them against
+// float64.
 namespace fbk {
 
 template <int N>

@@ -484,7 +484,8 @@ struct Run {
       if constexpr (kind == Optimizer::adam) {
         f32v mean = read(state), square = read(state + size);
         mean += 0.1f * (g - mean);
-        // spelled out: of two products the compiler fuses one, and not the same in each copy, which made bits depend on the thread count
+        // spelled out: of two products the compiler fuses one, and not the same in each copy, which made bits depend on
+        // the thread count
         square = mul_add(0.001f * g, g, 0.999f * square);
         write(state, mean);
         write(state + size, square);
