@@ -35,9 +35,9 @@ def mirror(
     Xi has variance 1; its size cancels. Rademacher noise is the default: the error decays faster, and it is made several times faster.
 
     B is in the layout of the layer's weight, ``[outputs, inputs / groups, *kernel]``, and converges to W itself. Unit u of the noise is
-    number u of a row of the weight, in its logical order whatever its memory format (of a convolution ``u = (c * KH + y) * KW + x``), so that
-    n = inputs / groups * kernel size. Each output learns its own row from it: all groups of a convolution see the same S x n numbers, and
-    are one product.
+    number u of a row of the weight, in its logical order whatever its memory format (of a convolution ``u = (c * KH + y) * KW + x``), so
+    that n = inputs / groups * kernel size. Each output learns its own row from it: all groups of a convolution see the same S x n numbers,
+    and are one product.
 
     Args:
         B, W: [outputs, ...], float32; any float type with backend "reference" or "auto", float64 in float64, the others in float32.
