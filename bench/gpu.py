@@ -118,8 +118,8 @@ def correct(at: Place) -> list[Stage]:
         Part("memcheck, Triton", 90, memory + pytest(), (kernel.format("triton", "noise"), kernel.format("triton", "update"))),
     ]
     if at.gpu:  # as far as the time goes; elsewhere CI runs them
-        files = ("gpu", "fused_mlp_cuda", "cuda_ops")
-        parts += [Part(f"all of test_{name}", 120, pytest("-n", "4"), (f"tests/test_{name}.py",)) for name in files]
+        files = ("test_gpu", "test_fused_mlp_cuda", "ops/test_cuda_ops")
+        parts += [Part(f"all of {name}", 120, pytest("-n", "4"), (f"tests/{name}.py",)) for name in files]
     return [Stage([build], decides=True), Stage(parts, workers=8)]
 
 

@@ -58,7 +58,7 @@ def learning(form: str, units: int, m: int, rows: int, dtype: torch.dtype) -> F.
 
 
 def activities(out: F.Perturbed) -> Outputs:
-    named = {"h": out.h, "p": out.p, "kept": out.kept, "B": out.B, "prediction": out.prediction}
+    named = {"h": out.h, "d": out.d, "kept": out.kept, "B": out.B, "prediction": out.prediction}
     return {name: t for name, t in named.items() if t.numel()}
 
 
@@ -189,7 +189,7 @@ def test_kernel(backend: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> N
             exact, theirs = call("reference", torch.float64), call("reference", dtype)
             for candidate in range(3 if kernel in ("linear", "conv2d") and ON_GPU else 1):  # tiles, and the library's product
                 with monkeypatch.context() as patch:
-                    for choice in ("fbkernels.kernels.fastest", "fbkernels.tuning.fastest"):
+                    for choice in ("fbkernels.kernels.fastest", "fbkernels.ops.tuning.fastest"):
                         patch.setattr(choice, lambda name, key, candidates, run, i=candidate: candidates[min(i, len(candidates) - 1)])
                     # what is not written is not-a-number, and nothing is written beside it; there is no such bool
                     with contextlib.nullcontext() if kernel == "loss" else poisoned():
