@@ -221,7 +221,7 @@ def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tup
         and y.ndim == 2
         and y.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and ops._backend(y, net.backend) == "triton"
+        and ops.backend_of(y, net.backend) == "triton"
     ):
         antithetic = net.antithetic and moved is not None
         return ops.perturbed_cross_entropy(  # type: ignore[no-any-return]

@@ -1,7 +1,6 @@
 """The operators behind ``torch.ops.fbkernels``: each is a file with its schema, its check and its backends."""
 
-from fbkernels.ops._op import backend_of as _backend  # loss.py
-from fbkernels.ops._op import backends, build_info, choose, fuses, native, table
+from fbkernels.ops._op import backend_of, backends, build_info, choose, fuses, native, table
 from fbkernels.ops.feedback import op as feedback
 from fbkernels.ops.feedback_update import op as feedback_update
 from fbkernels.ops.mirror import op as mirror
@@ -17,7 +16,7 @@ from fbkernels.ops.unpool import op as unpool
 
 __all__ = [
     "KINDS",
-    "_backend",
+    "backend_of",
     "backends",
     "build_info",
     "choose",
