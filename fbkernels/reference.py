@@ -415,8 +415,13 @@ class Connection:
 
     def _backward(self, delta: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
+        stride = self.stride
+        if which == 1 and math.prod(self.kernel) == 1 and max(stride) > 1 and not any(self.padding):
+            # torch 2.11 to 2.13 on a CPU writes outside a strided 1x1 gradient of 2 to 7 channels, channels-last
+            x = x[..., :: stride[0], :: stride[1]]
+            stride = (1, 1)
         grads = torch.ops.aten.convolution_backward(
-            delta, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
+            delta, x, weight, None, stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
         )
         gradient: Tensor = grads[which]
         return gradient
