@@ -167,7 +167,21 @@ def same(logits: Tensor, own: Tensor) -> bool:
 
 # linear functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
 _LINEAR = {
-    *("ToCopy", "Squeeze", "Unsqueeze", "View", "ReshapeAlias", "UnsafeView", "Clone", "Select", "Slice", "Alias", "Transpose", "Permute", "T"),
+    *(
+        "ToCopy",
+        "Squeeze",
+        "Unsqueeze",
+        "View",
+        "ReshapeAlias",
+        "UnsafeView",
+        "Clone",
+        "Select",
+        "Slice",
+        "Alias",
+        "Transpose",
+        "Permute",
+        "T",
+    ),
     *("Div", "Mul", "Neg", "Index", "IndexSelect", "Flatten", "Unflatten"),
 }
 

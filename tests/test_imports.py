@@ -58,5 +58,7 @@ def test_no_name_of_another_files_own() -> None:
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fbkernels"):
-                private = [a.name for a in node.names if a.name.startswith("_") and f"{node.module}.{a.name}" not in MODULES and a.name != "_C"]
+                private = [
+                    a.name for a in node.names if a.name.startswith("_") and f"{node.module}.{a.name}" not in MODULES and a.name != "_C"
+                ]
                 assert not private, f"{name} imports {private} from {node.module}"

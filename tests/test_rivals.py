@@ -95,7 +95,8 @@ def test_cnn(rule):
         close(B, point.B, scale=100)
     for before, ours, theirs in zip(start, net.parameters(), twin.parameters(), strict=True):
         assert not torch.equal(ours, before)
-        close(theirs - before, ours - before, scale=100)
+        rounding = 2 * torch.finfo(torch.float32).eps * before.abs().max()  # of the weight itself, once a step
+        assert (theirs - ours).abs().max() <= rounding + 256 * torch.finfo(torch.float32).eps * 100 * (ours - before).abs().max()
 
 
 @pytest.mark.parametrize("low_rank", [False, True])

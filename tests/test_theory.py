@@ -194,7 +194,10 @@ def targets(net: nn.Module, rule: Spy, criterion: Criterion, x: Tensor, y: Tenso
     fb.PerturbedLoss(criterion, net)(net(x), y)
     m, f = rule.seen[-1], net.feedback
     points = fb.points(net)
-    xi = {k: fb.functional.noise(f.settings.seed, m.step, p.index, m.rows, p.units, m.std, f.settings.noise).double() for k, p in points.items()}
+    xi = {
+        k: fb.functional.noise(f.settings.seed, m.step, p.index, m.rows, p.units, m.std, f.settings.noise).double()
+        for k, p in points.items()
+    }
     return {k: m.w[:, None] * v for k, v in xi.items()}
 
 
