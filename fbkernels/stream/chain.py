@@ -108,6 +108,11 @@ def connect(func: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     return weight, bias, *Connection.of(name_of(func), weight, x, **given)
 
 
+def untraced(part: tuple[Any, ...]) -> bool:
+    """Whether Dynamo cannot trace a block with this part: the backward of average-pooling differentiates it."""
+    return part[:2] == ("pool", "avg") and torch.compiler.is_compiling()
+
+
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]  # function, arguments but the first, keywords
 
 
@@ -150,7 +155,7 @@ class Waiting:
         part = part_of(func, rest, kwargs)
         if part is None or part[0] == "norm" or x.ndim not in (2, 4) or (x.ndim == 4 and chain.maps is False):
             return None
-        if in_place(name_of(func), args, kwargs) or (x.ndim == 2 and part[0] == "pool"):
+        if in_place(name_of(func), args, kwargs) or (x.ndim == 2 and part[0] == "pool") or untraced(part):
             return None
         shape = _behind(tuple(x.shape), part)
         return Waiting(chain, ran, ran, x, mode.d(x), ((func, rest, kwargs),), (part,), *made, None, shape, x.dtype)
@@ -164,7 +169,7 @@ class Waiting:
             values = self.shape[0] * math.prod(self.shape[2:])
             if self.parts or torch.compiler.is_compiling() or not part[1].fits(self.dtype, self.shape[1], values):
                 return None
-        if part == ("pool", "avg", *part[2:]) and torch.compiler.is_compiling():  # Block's backward differentiates it
+        if untraced(part):
             return None
         call = (func, args, {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs)
         return replace(self, ran=self.ran + 1, calls=(*self.calls, call), parts=(*self.parts, part), shape=_behind(self.shape, part))
