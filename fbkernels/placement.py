@@ -104,6 +104,8 @@ class Recorder(TorchFunctionMode):
 
     def custom(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> Any:
         """A custom autograd.Function."""
+        if cls.__name__ == "CheckpointFunction":
+            raise ValueError("what torch.utils.checkpoint runs would get no learned gradient: it needs use_reentrant=False")
         with torch._C.DisableTorchFunction():
             out = plain(*args, **kwargs)
         ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
@@ -124,6 +126,8 @@ class Recorder(TorchFunctionMode):
             self.calls.append(Call(func, ins, []))
             return out
         drawn = before is not None and not torch.equal(before, torch.get_rng_state())
+        if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
+            raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         written = in_place(name, args, kwargs)
@@ -182,8 +186,9 @@ def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:
     return found, tuple(kept)
 
 
-def place(recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool) -> Placement:
-    """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself."""
+def place(recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool) -> Placement:
+    """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
+    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
     graph = _Graph(recorder, outputs)
     placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random))
     ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
@@ -211,7 +216,7 @@ def place(recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Cal
                 continue
             ends[c.outs[0]] = (i, Chain("", c.point, (), (), None, explicit=True))
     if layerwise:
-        return _reads(recorder, graph, placement, ends, found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer))
+        return _reads(recorder, graph, placement, ends, found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer), alone)
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -277,7 +282,7 @@ def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], expli
     return Chain(c.layer[0], point, tuple(k.func for k in calls[1:]), fuses, maps, explicit)
 
 
-def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool) -> Placement:
+def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool, alone: bool) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or is read already."""
     claimed: list[str] = []
     for c in recorder.calls:
@@ -285,10 +290,11 @@ def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[i
             if c.layer is None and c.weighted and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
                 placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
             continue
-        v = c.ins[0]
+        v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
         while v not in ends and v in graph.made and name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS:
             v = graph.made[v].ins[0]
-        source = ends[v][1].point if v in ends else ""
+            shared = shared or len(graph.readers[v]) > 1
+        source = ends[v][1].point if v in ends and not (alone and shared) else ""
         if not source and not everywhere:
             continue
         if c.layer[1]:

@@ -181,7 +181,7 @@ def test_a_point_behind_each_block(name: str) -> None:
     loss = criterion(run(net, x), Y).mean()
     logits, perturbed, activities = by_hand(model, names, x, std)
     torch.testing.assert_close(seen[0], logits, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(seen[1], perturbed, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[1], perturbed, rtol=2e-12, atol=2e-12)  # h + d is rounded as well as h
     e = (logits.softmax(1) - F.one_hot(Y, CLASSES)).detach() / 4
     by_layer = F.cross_entropy(logits, Y)
     for h, point in zip(activities, fb.points(net).values(), strict=True):

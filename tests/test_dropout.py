@@ -185,7 +185,7 @@ def test_an_activity_with_and_without_its_mask_has_its_point_before_it() -> None
 
     # the expectation of the output's change, over noise at the point, is that of the activity that both read
     model, sigma = Both(nn.Identity()).double(), 1e-3
-    net = fb.convert(model, rule=fb.Fixed(), noise_std=sigma)
+    net = fb.convert(model, rule=fb.LMS(0.1), noise_std=sigma)
     x, seen = torch.randn(2, 2, 6, 6, dtype=torch.float64), []
     net.out.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
     torch.manual_seed(0)

@@ -52,20 +52,26 @@ def _made(description: Any) -> Any:
 
 
 @constant
+def known(key: int) -> bool:
+    """Whether the placement is there already. A graph of dynamic shapes has no constants to give ``placed``."""
+    network = _NETWORKS[key]
+    return network.placement is not None and not network.stale
+
+
+@constant
 def placed(key: int, args: Any, kwargs: Any) -> bool:
     """Find the placement of a network that has none, with inputs of these shapes."""
     network = _NETWORKS[key]
-    if network.placement is None or network.stale:
-        before = torch.compiler._is_compiling_flag
-        torch.compiler._is_compiling_flag = False
-        try:
-            with torch.random.fork_rng([]):
-                given = _made(args), _made(kwargs)
-            root = network.root[0]
-            network.placement, network.stale = network.find(root, *given), False
-            if network.settings.rule.mirrors:  # whose B settles before its first use
-                with torch.enable_grad(), untouched(root, network.runs):
-                    network.run(network.begin(root, *given), root, *given)
-        finally:
-            torch.compiler._is_compiling_flag = before
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = False
+    try:
+        with torch.random.fork_rng([]):
+            given = _made(args), _made(kwargs)
+        root = network.root[0]
+        network.placement, network.stale = network.find(root, *given), False
+        if network.settings.rule.mirrors:  # whose B settles before its first use
+            with torch.enable_grad(), untouched(root, network.runs):
+                network.run(network.begin(root, *given), root, *given)
+    finally:
+        torch.compiler._is_compiling_flag = before
     return True

@@ -52,9 +52,20 @@ class Layerwise(Step):
             return None
         chain, reads = self.placement.layers[key], self.placement.reads.get(key)
         frozen = not args[0].requires_grad and not self.constant
+        if reads is not None and not self.transports and (point := self.network.points[reads]).reads:
+            x = self.visit_input(point, args[0], kind != "linear")
+            with torch._C.DisableTorchFunction():
+                return chain, (func(x, *args[1:], **kwargs), None)
         if reads is None or not self.transports or frozen:
             return None if chain is None else (chain, None)
         return chain, self.read(mode, self.network.points[reads], func, args, kwargs)
+
+    def visit_input(self, point: FeedbackPoint, x: Tensor, convolution: bool) -> Tensor:
+        """A point at a layer's input: a view, whose gradient is this layer's alone."""
+        x = x.view_as(x)
+        self.visit(point, x)
+        point.layout = Layout.of(x, self.samples, convolution, 1, self.rows_of(point.name))
+        return x
 
     def read(
         self, mode: Streams, point: FeedbackPoint, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -72,9 +83,7 @@ class Layerwise(Step):
         carry = source[2] if source is not None and source[0] == mode.token and source[1] == point.name else ()
         d = mode.d(x)
         if point.reads and not self.again:
-            x = x.view_as(x)  # whose gradient is this layer's alone
-            self.visit(point, x)
-            point.layout = Layout.of(x, self.samples, connection.convolution, 1, self.rows_of(point.name))
+            x = self.visit_input(point, x, connection.convolution)
         if self.perturbing and not self.again:
             with torch.no_grad():
                 xi = point.noise(self.network.step, self.perturbed_rows, self.activities[point.name].dtype, self.offset)
@@ -87,7 +96,9 @@ class Layerwise(Step):
             x, d, carry = pad(x), None if d is None else pad(d), (*carry, ("pad", pad))
             args = (x, weight, bias, connection.stride, connection.padding, connection.dilation, connection.groups)
             kwargs = {}
-        B = point.claim(weight, connection, point.carry if self.again else carry)
+        if not self.again:
+            self.feedback[point.name] = point.claim(weight, connection, carry)
+        B = self.feedback[point.name]
         constant = (lambda t: None if t is None else t.detach()) if self.constant else (lambda t: t)
         errors = self.errors if self.learns else None
         clean = Transport.apply(x, constant(weight), constant(bias), B, connection, point.name, errors)

@@ -20,7 +20,7 @@ from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
 from fbkernels.training.autograd import Reach
 from fbkernels.training.checkpoint import checkpointed
-from fbkernels.training.compile import described, placed, register
+from fbkernels.training.compile import described, known, placed, register
 from fbkernels.training.direct import Direct
 from fbkernels.training.layerwise import Layerwise
 from fbkernels.training.point import FeedbackPoint, Stateful
@@ -107,7 +107,7 @@ class Network(Stateful):
                 "call loss.backward() or torch.autograd.grad"
             )
         compiling = torch.compiler.is_compiling()
-        if compiling:  # before Dynamo has seen a point's tensors
+        if compiling and not known(self.key):  # before Dynamo has seen a point's tensors
             placed(self.key, described(args), described(kwargs))
         if settings.layerwise:
             self.flush()
@@ -163,7 +163,7 @@ class Network(Stateful):
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
-        placement = place(recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise)
+        placement = place(recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised)
         placement.names, placement.weights = names, weights
         if self.placement is not None:
             placement.join(self.placement)
@@ -197,30 +197,28 @@ class Network(Stateful):
 
     def _number(self, root: nn.Module, placement: Placement) -> None:
         """Points are numbered in the order in which they run (SPEC 6)."""
-        modules = dict(root.named_modules())
-        own = {m.name: m for m in modules.values() if isinstance(m, FeedbackPoint) and m.name}
+        own = {m.name: m for m in root.modules() if isinstance(m, FeedbackPoint) and m.name}
         self.points.clear()
         for index, name in enumerate(placement.points):
-            point: Any = own.get(name)
-            if point is None:
-                key = name.removesuffix(".input").replace(".", "/")
-                if name.endswith(".input"):
-                    point = self.readers[key] if key in self.readers else None  # noqa: SIM401
-                if point is None:
-                    point = FeedbackPoint()
-                    point.converted = True
-                    layer = modules.get(name)
-                    if name.endswith(".input"):
-                        self.readers[key] = point
-                    elif layer is not None and not hasattr(layer, "feedback") and not isinstance(layer, nn.Sequential):
-                        layer.feedback = point
-                    else:
-                        self.readers[name.replace(".", "/") + "/"] = point
-                    point.train(self.training)
-                point.reads = name.removesuffix(".input") if name.endswith(".input") else ""
-                point.name, point._network = name, (self,)
+            point = own.get(name) or self._make(root, name)
             point.index = index
             self.points[name] = point
+
+    def _make(self, root: nn.Module, name: str) -> FeedbackPoint:
+        """A point that convert did not foresee: at a layer's input, or behind a layer that is no module of its own."""
+        point = FeedbackPoint()
+        point.converted = True
+        point.train(self.training)
+        point.name, point._network = name, (self,)
+        layer = dict(root.named_modules()).get(name)
+        if name.endswith(".input"):
+            point.reads = name.removesuffix(".input")
+            self.readers[point.reads.replace(".", "/")] = point
+        elif layer is not None and not hasattr(layer, "feedback") and not isinstance(layer, nn.Sequential):
+            layer.feedback = point
+        else:
+            self.readers[name.replace(".", "/") + "/"] = point
+        return point
 
     def end(self, step: Step, mode: Streams, output: Any) -> Any:
         """Keeps the differences of the outputs, hands out plain tensors."""
@@ -406,8 +404,17 @@ class Network(Stateful):
         theirs = [k for k in state_dict if k.endswith(".shared.method")]
         if not theirs:
             return
-        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
+        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        if self.placement is None:  # which will show these points, at the first training forward
+            modules = dict(root.named_modules())
+            for key in found - points.keys():
+                path = key.removeprefix(prefix)
+                _, reader, layer = path.rpartition(".shared.readers.")
+                at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
+                if at in modules:
+                    self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
+            points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()
         if self.settings.rule.learned and not self.settings.layerwise and self.placement is None and not needed:
             needed = {prefix + n for n, m in root.named_modules() if isinstance(m, FeedbackPoint) and m.name in self.points}

@@ -47,6 +47,7 @@ class Step:
         self.changes: list[Tensor | None] = []  # of the outputs, by the noise
         self.layouts: list[Layout] = []  # of the outputs
         self.inputs: tuple[Any, ...] = ()
+        self.feedback: dict[str, Tensor] = {}  # layerwise: B of each point in this forward, for a second run by torch.utils.checkpoint
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
 
     @property
