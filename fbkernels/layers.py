@@ -92,7 +92,8 @@ class Connection:
         stride = self.stride
         if which == 1 and math.prod(self.kernel) == 1 and max(stride) > 1 and not self.transposed and not any(self.padding):
             # torch 2.11 to 2.13 on a CPU writes outside a strided 1x1 gradient of 2 to 7 channels, channels-last
-            x, stride = x[(..., *(slice(None, None, s) for s in stride))], (1,) * len(stride)
+            every: Any = (..., *(slice(None, None, s) for s in stride))
+            x, stride = x[every], (1,) * len(stride)
         shape = (stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
         gradient: Tensor = torch.ops.aten.convolution_backward(delta, x, weight, None, *shape, mask)[which]
         return gradient

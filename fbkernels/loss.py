@@ -117,7 +117,8 @@ class PerturbedLoss(nn.Module):
         if step is None or chosen is None:
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it; "
-                "what else follows belongs into forward, a loss of several parts is one criterion, and mixup mixes the targets instead of the losses"
+                "what else follows belongs into forward, a loss of several parts is one criterion, "
+                "and mixup mixes the targets instead of the losses"
             )
         losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
         dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)

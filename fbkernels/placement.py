@@ -37,6 +37,7 @@ class Placement:
     rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
     outputs: tuple[Rows | None, ...] = ()
     settled: bool = False  # more than one sample has shown the rows
+    checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
     @property
@@ -76,6 +77,12 @@ class Recorder(TorchFunctionMode):
         self.ran: collections.Counter[str] = collections.Counter()
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.inputs = [self.value(t) for t in inputs]
+        self.checkpoints = False
+
+    def checkpoint(self, fn: Any) -> Any:
+        """What torch.utils.checkpoint runs."""
+        self.checkpoints = True
+        return fn
 
     def value(self, t: Tensor) -> int:
         self.count += 1
@@ -186,11 +193,13 @@ def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:
     return found, tuple(kept)
 
 
-def place(recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool) -> Placement:
+def place(
+    recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool
+) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
     ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
     graph = _Graph(recorder, outputs)
-    placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random))
+    placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random), checkpoints=recorder.checkpoints)
     ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
     for i, c in enumerate(recorder.calls):
         if c.layer is None:
@@ -282,7 +291,9 @@ def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], expli
     return Chain(c.layer[0], point, tuple(k.func for k in calls[1:]), fuses, maps, explicit)
 
 
-def _reads(recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool, alone: bool) -> Placement:
+def _reads(
+    recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool, alone: bool
+) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or is read already."""
     claimed: list[str] = []
     for c in recorder.calls:

@@ -251,15 +251,15 @@ def one_step(net: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 def xi_of(net: nn.Module, name: str, step: int, rows: int) -> Tensor:
     """Noise in float64, samples x units; the public noise is its float32."""
     point, f = fb.points(net)[name], net.feedback.settings
-    xi = reference.noise(f.settings.seed, step, point.index, rows, point.units, f.settings.noise_std, f.settings.noise, F64)
-    torch.testing.assert_close(xi.float(), fb.functional.noise(f.settings.seed, step, point.index, rows, point.units, f.settings.noise_std, f.settings.noise))
+    xi = reference.noise(f.seed, step, point.index, rows, point.units, f.noise_std, f.noise, F64)
+    torch.testing.assert_close(xi.float(), fb.functional.noise(f.seed, step, point.index, rows, point.units, f.noise_std, f.noise))
     return xi
 
 
 def xi_of_rows(net: nn.Module, name: str, h: Tensor) -> Tensor:
     """The first step's noise in the layout of h, also before it."""
-    f = net.feedback
-    u = reference.noise(f.settings.seed, 0, fb.points(net)[name].index, len(h), h[0].numel(), f.settings.noise_std, f.settings.noise, F64)
+    f = net.feedback.settings
+    u = reference.noise(f.seed, 0, fb.points(net)[name].index, len(h), h[0].numel(), f.noise_std, f.noise, F64)
     return reference.layout(u, h.shape)
 
 

@@ -47,8 +47,10 @@ class WeightMirror(Rule):
         step = torch.full((), 2**32 - 1, dtype=torch.int64, device=B.device)  # a step that training does not reach
         offset, draws = 0, 4
         needed = 2 * 6 * (n + 1 + self.samples) // self.samples + 8  # e^-6 is SETTLED: twice that
-        while left > SETTLED and needed > 0 and not B.is_meta:
+        while left > SETTLED and needed > 0:
             (B,), residual = ops.mirror([B], [W], step, *self._key(point), draws=draws, offset=offset, **self._how(point))
+            if B.is_meta:  # one turn shows the memory that they all take
+                break
             left, offset, needed = float(residual), offset + draws * self.samples, needed - draws
         self._store(point, B)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from fbkernels.training.step import Step, second_run
 _NAME = "_checkpoint_without_reentrant_generator"  # torch 2.11 to 2.13
 
 
-@contextlib.contextmanager
-def checkpointed(mode: Streams, step: Step) -> Iterator[None]:
+def checkpointed(mode: Streams, step: Step) -> contextlib.AbstractContextManager[None]:
     """While it lasts, what ``torch.utils.checkpoint`` is given to run will run under the mode again."""
-    if torch.compiler.is_compiling():
-        yield
-        return
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else given(lambda fn: _again(fn, mode, step))
+
+
+@contextlib.contextmanager
+def given(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """While it lasts, ``torch.utils.checkpoint`` runs ``wrap(fn)`` in the place of fn."""
     import torch.utils.checkpoint as home
 
     before: Any = getattr(home, _NAME)
 
     def generator(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        return before(_again(fn, mode, step), *args, **kwargs)
+        return before(wrap(fn), *args, **kwargs)
 
     setattr(home, _NAME, generator)
     try:

@@ -19,7 +19,7 @@ from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
 from fbkernels.training.autograd import Reach
-from fbkernels.training.checkpoint import checkpointed
+from fbkernels.training.checkpoint import checkpointed, given
 from fbkernels.training.compile import described, known, placed, register
 from fbkernels.training.direct import Direct
 from fbkernels.training.layerwise import Layerwise
@@ -118,6 +118,10 @@ class Network(Stateful):
         samples = self._samples(placement, args, kwargs)
         if compiling:
             assert placement is not None
+            if placement.checkpoints:
+                raise RuntimeError(
+                    "the second run of torch.utils.checkpoint cannot be traced: leave torch.utils.checkpoint out of a compiled step"
+                )
         elif placement is None or self.stale or (samples > 1 and not placement.settled):
             placement = self.placement = self.find(root, args, kwargs)
             samples = self._samples(placement, args, kwargs)
@@ -156,14 +160,16 @@ class Network(Stateful):
             recorder = Recorder(self, names, inputs)
             self.running = (recorder,)
             try:
-                with shown(recorder), recorder:
+                with shown(recorder), given(recorder.checkpoint), recorder:
                     output = type(root).forward(root, *args, **kwargs)
             finally:
                 self.running = ()
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
-        placement = place(recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised)
+        placement = place(
+            recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised
+        )
         placement.names, placement.weights = names, weights
         if self.placement is not None:
             placement.join(self.placement)
