@@ -416,7 +416,7 @@ class Network(Stateful):
             modules = dict(root.named_modules())
             for key in found - points.keys():
                 path = key.removeprefix(prefix)
-                _, reader, layer = path.rpartition(".shared.readers.")
+                reader, layer = path.rpartition(".shared.readers.")[1:]
                 at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
                 if at in modules:
                     self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
