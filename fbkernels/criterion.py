@@ -114,7 +114,7 @@ def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tupl
     with torch.enable_grad():
         z = [leaves[i].detach().requires_grad_() for i in at]
         for i, t in zip(at, z, strict=True):
-            leaves[i] = t
+            leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
         losses = per_sample(tree_unflatten(leaves, spec), target)
         e = torch.autograd.grad(losses.sum(), z, allow_unused=True)
     return losses.detach(), tuple(torch.zeros_like(t) if g is None else g for g, t in zip(e, z, strict=True))

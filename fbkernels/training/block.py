@@ -59,8 +59,9 @@ def run_block(step: Step, point: FeedbackPoint, waiting: Waiting, predicts: bool
     step.visit(point, h)
     point.layout = Layout.of(h, step.samples, h.ndim == 4, settings.share, step.rows_of(point.name))
     if new.numel():
-        point.pending = None
+        point.pending, before = None, point.state["B"]
         point.store(new)
+        point.check(before)
     if prediction.numel():
         step.predictions.append(prediction)
     # Dynamo traces no backward pass that leaves something behind

@@ -156,6 +156,16 @@ class FeedbackPoint(Stateful):
         else:
             self.state["B"] = B
 
+    def check(self, before: Tensor) -> None:
+        """After an update of B: the old one, where the new has overflowed. On a GPU, in direct, the gains alone are looked at: no launch more."""
+        B, settings = self.state["B"], self.network.settings
+        if B.is_cpu and not torch.compiler.is_compiling():
+            if not math.isfinite(float(B.sum())):
+                self.store(before)
+                self.network.overflowed(self.name)
+        elif settings.layerwise or settings.rule.supervised:
+            self.store(torch.where(torch.isfinite(B.sum()), B, before))
+
     def forward(self, h: Tensor) -> Tensor:
         return self.passed(h) if self._network and self.network.running else h
 
@@ -235,10 +245,8 @@ class FeedbackPoint(Stateful):
                 prediction = self.update(m, *m.gains, predicted_rows=predicted_rows)
             elif m is not None:
                 rule.learn(self, m)
-            # in direct the gains alone tell whether B overflows, see feedback.finite
-            if m is not None and before is not None and (self.network.settings.layerwise or rule.supervised):
-                B = self.state["B"]
-                self.store(torch.where(torch.isfinite(B.sum()), B, before))
+            if m is not None and before is not None:
+                self.check(before)
             rule.feedback(self)  # which catches up with W where B follows it
             if predicted_rows and prediction is None and "B" in self.state:
                 B = self.state["B"]
