@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import DROPOUTS, GROUP, REARRANGEMENTS, in_place, kind_of, name_of
+from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, in_place, kind_of, name_of
 
 
 @dataclass(eq=False)
@@ -63,6 +63,7 @@ class Call:
     layer: tuple[str, int] | None = None
     group: bool = False  # may stand between a layer and its point
     weighted: bool = False  # reads a tensor of the model's own
+    own: bool = False  # carries an error through parameters of its own
     random: bool = False
     point: str = ""
 
@@ -136,6 +137,7 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
+        call.own = name in OWN_WEIGHTS and any(t.requires_grad and self.known(t) is None for t in tensors)
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         written = in_place(name, args, kwargs)
         if ins and not (written and tensors and self.known(tensors[0]) is None and _lives(tensors[0])):
@@ -298,7 +300,7 @@ def _reads(
     claimed: list[str] = []
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
-            if c.layer is None and c.weighted and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
+            if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
                 placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1

@@ -87,6 +87,8 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
+    own = shown.placement.own_weights if shown.placement is not None else ()
+    title += f"\nno B, the error passes their own weights: {', '.join(own)}" * bool(own)
     return Summary(rows, title, peak)
 
 

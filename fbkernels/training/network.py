@@ -55,7 +55,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.diverged = False  # what a warning was given of
+        self.warned = self.unseen = self.diverged = self.named = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -171,6 +171,13 @@ class Network(Stateful):
             recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised
         )
         placement.names, placement.weights = names, weights
+        if placement.own_weights and not self.named:
+            self.named = True
+            warnings.warn(
+                f"layerwise feedback: {', '.join(placement.own_weights)} carry the error through their own weights, which have no B: what "
+                "lies below them is trained by backprop through them; with feedback='direct' it is not",
+                stacklevel=5,
+            )
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:
@@ -381,8 +388,8 @@ class Network(Stateful):
         if not self.diverged:
             self.diverged = True
             warnings.warn(
-                f"B of point {point!r} would no longer be finite and stays as it was: {self.settings.rule!r} diverges; take a smaller lr or "
-                "a larger gamma, and a smaller learning rate where the network itself diverges",
+                f"B of point {point!r} would no longer be finite and stays as it was: {self.settings.rule!r} diverges; take a smaller lr or a "
+                "larger gamma, and a smaller learning rate where the network itself diverges",
                 stacklevel=4,
             )
 

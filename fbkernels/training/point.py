@@ -157,7 +157,7 @@ class FeedbackPoint(Stateful):
             self.state["B"] = B
 
     def check(self, before: Tensor) -> None:
-        """After an update of B: the old one, where the new has overflowed. On a GPU, in direct, the gains alone are looked at: no launch more."""
+        """After an update of B: the old one, where the new has overflowed. On a GPU, in direct, the gains alone are looked at."""
         B, settings = self.state["B"], self.network.settings
         if B.is_cpu and not torch.compiler.is_compiling():
             if not math.isfinite(float(B.sum())):
