@@ -154,6 +154,7 @@ def given(step: Step, output: Any) -> list[int] | None:
         i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
         if i is None:
             return None
+        step.outputs[i] = t  # the gradient takes the same way back: DistributedDataParallel waits for it at its copy
         chosen.append(i)
     return chosen or None
 
@@ -163,7 +164,9 @@ def same(logits: Tensor, own: Tensor) -> bool:
     if logits is own:
         return True
     node: Any = getattr(logits, "grad_fn", None)
-    return type(node).__name__ == "_DDPSinkBackward" and any(own.grad_fn is f[0] for f in node.next_functions)
+    if type(node).__name__ != "_DDPSinkBackward" or own.grad_fn is None:
+        return False
+    return bool(node.next_functions[logits.output_nr] == (own.grad_fn, own.output_nr))
 
 
 # linear functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
@@ -204,7 +207,6 @@ def followed(step: Step, i: int, t: Tensor) -> bool:
             (back,) = torch.autograd.grad(t, own, v, create_graph=True)
             (step.changes[i],) = torch.autograd.grad(back, v, change.to(back.dtype))
     step.layouts[i] = Layout.of(t, step.samples, False, 1, step.layouts[i].rows)
-    step.outputs[i] = t
     return True
 
 

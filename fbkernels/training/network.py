@@ -388,8 +388,8 @@ class Network(Stateful):
         if not self.diverged:
             self.diverged = True
             warnings.warn(
-                f"B of point {point!r} would no longer be finite and stays as it was: {self.settings.rule!r} diverges; take a smaller lr or a "
-                "larger gamma, and a smaller learning rate where the network itself diverges",
+                f"B of point {point!r} would not be finite and stays as it was: {self.settings.rule!r} diverges; take a smaller lr or "
+                "a larger gamma, and a smaller learning rate where the network itself diverges",
                 stacklevel=4,
             )
 
