@@ -194,11 +194,12 @@ def followed(step: Step, i: int, t: Tensor) -> bool:
     """Whether t is output i behind linear functions of torch: then it takes that output's place, and its change is what they make of it."""
     own, change = step.outputs[i], step.changes[i]
     node: Any = None if torch.compiler.is_compiling() else t.grad_fn
-    while node is not None and node != own.grad_fn:
-        before = [f for f, _ in node.next_functions if f is not None]
+    which = t.output_nr  # of what node made
+    while node is not None and (node, which) != (own.grad_fn, own.output_nr):
+        before = [edge for edge in node.next_functions if edge[0] is not None]
         if node.name().rstrip("0123456789").removesuffix("Backward") not in _LINEAR or len(before) != 1:
             return False
-        (node,) = before
+        ((node, which),) = before
     if node is None or step.partial() or t.ndim == 0 or (step.samples and len(t) % step.samples):
         return False
     if change is not None:
