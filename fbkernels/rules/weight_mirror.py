@@ -79,5 +79,6 @@ class WeightMirror(Rule):
 
     def _store(self, point: FeedbackPoint, B: Tensor) -> None:
         assert point.connection is not None and point.weight is not None
-        B = point.connection.unanswers(B, point.weight.shape)
-        point.state["B"] = B if point.connection.convolution else B.T
+        B, before = point.connection.unanswers(B, point.weight.shape), point.state["B"]
+        point.store(B if point.connection.convolution else B.T)
+        point.check(before)

@@ -12,7 +12,7 @@ from fbkernels._compile import constant
 from fbkernels.stream.synchronised import synchronised
 
 # fmt: off
-NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm"}
+NORMS = {"batch_norm", "group_norm", "layer_norm", "instance_norm", "local_response_norm", "rms_norm", "synchronised"}
 ACTIVATIONS = {
     "relu", "tanh", "sigmoid", "gelu", "silu", "elu", "leaky_relu", "hardtanh", "relu6", "softplus", "mish", "hardswish", "hardsigmoid",
     "selu", "celu", "prelu", "threshold", "softsign", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "clamp",

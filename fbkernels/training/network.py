@@ -55,7 +55,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.diverged = self.named = False  # what a warning was given of
+        self.warned = self.unseen = self.named = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -385,10 +385,10 @@ class Network(Stateful):
 
     def overflowed(self, point: str) -> None:
         """One warning when an update of a point's B was dropped since it is not finite."""
-        if not self.diverged:
-            self.diverged = True
+        if not self.warned:
+            self.warned = True
             warnings.warn(
-                f"B of point {point!r} would not be finite and stays as it was: {self.settings.rule!r} diverges; take a smaller lr or "
+                f"an update of B of point {point!r} was non-finite and is left out: {self.settings.rule!r} diverges; take a smaller lr or "
                 "a larger gamma, and a smaller learning rate where the network itself diverges",
                 stacklevel=4,
             )
