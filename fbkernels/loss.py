@@ -57,7 +57,7 @@ class PerturbedLoss(nn.Module):
       the noise of all.
     * ``layerwise``: at the end of the backward pass the sum of B's updates, as large as W, ``Ridge`` also R^T R [m, m] in float64; for
       rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
-    * ``SyntheticGradient`` the sum of B's updates; ``Fixed`` and rules that follow W nothing.
+    * ``SyntheticGradient`` the sum of B's updates; ``Fixed``, ``WeightMirror`` and rules that follow W nothing.
 
     and the number of rows and of skipped samples. Make the loss after ``init_process_group``, with the wrapped network where the group is
     not the default one. All processes take the same steps: no Join. DistributedDataParallel averages the gradients of W over processes:
