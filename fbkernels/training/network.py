@@ -435,7 +435,7 @@ class Network(Stateful):
                 path = key.removeprefix(prefix)
                 reader, layer = path.rpartition(".shared.readers.")[1:]
                 at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
-                if at in modules:
+                if at in modules and self.settings.found and self.hidden(at):
                     self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
             points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()

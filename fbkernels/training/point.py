@@ -159,7 +159,7 @@ class FeedbackPoint(Stateful):
     def check(self, before: Tensor) -> None:
         """After an update of B: the old one, where the new has overflowed. On a GPU, in direct, the gains alone are looked at."""
         B, settings = self.state["B"], self.network.settings
-        if B.is_cpu and not torch.compiler.is_compiling():
+        if B.is_cpu and not self.network.static and not torch.compiler.is_compiling():
             if not math.isfinite(float(B.sum())):
                 self.store(before)
                 self.network.overflowed(self.name)
