@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -408,6 +408,9 @@ class Connection:
         return gradient
 
     def weight_gradient(self, delta: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if self.convolution and self.kernel == (1, 1) and max(self.stride) > 1 and not any(self.padding) and not x.is_cuda:
+            # torch 2.11 to 2.13 on a CPU writes outside a strided 1x1 gradient of 2 to 7 channels, channels-last
+            return replace(self, stride=(1, 1))._backward(delta, x[..., :: self.stride[0], :: self.stride[1]], weight, 1)
         if self.convolution:
             return self._backward(delta, x, weight, 1)
         gradient: Tensor = delta.flatten(0, -2).T @ x.flatten(0, -2)
@@ -415,13 +418,8 @@ class Connection:
 
     def _backward(self, delta: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
         mask = [which == 0, which == 1, False]
-        stride = self.stride
-        if which == 1 and math.prod(self.kernel) == 1 and max(stride) > 1 and not any(self.padding):
-            # torch 2.11 to 2.13 on a CPU writes outside a strided 1x1 gradient of 2 to 7 channels, channels-last
-            x = x[..., :: stride[0], :: stride[1]]
-            stride = (1, 1)
         grads = torch.ops.aten.convolution_backward(
-            delta, x, weight, None, stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
+            delta, x, weight, None, self.stride, self.padding, self.dilation, False, [0, 0], self.groups, mask
         )
         gradient: Tensor = grads[which]
         return gradient

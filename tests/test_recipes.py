@@ -38,7 +38,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, width in (("paper_cnn", 0.05), ("resnet20", 8), ("resnet18", 8), ("wrn16_4", 2)):  # fewer channels crash torch: Connection
+    for name, width in (("paper_cnn", 0.05), ("resnet20", 8), ("resnet18", 8), ("wrn16_4", 2)):  # fewer crash torch: see weight_gradient
         monkeypatch.setitem(models.MODELS, name, partial(getattr(models, name), width=width))
 
 
