@@ -127,7 +127,7 @@ def test_published_pairing() -> None:
     fb.flush(net)
     before = {name: point.B.clone() for name, point in points.items()}
     seen: list[fb.Measurement] = []
-    rule = next(iter(points.values())).net.rule
+    rule = next(iter(points.values())).shared.settings.rule
     learn = rule.learn
     rule.learn = lambda point, m: (seen.append(m), learn(point, m))[1]
     criterion(net(x), y).backward()
