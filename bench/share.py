@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels import reference
 from fbkernels.bench.timing import in_turns
-from fbkernels.data import load
+from fbkernels.lab.data import load
 from fbkernels.loss import network_of
 
 OUTPUT, LOSS = {"lr": 0.2, "signal": "output"}, {"lr": 0.2, "signal": "loss"}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbkernels import models
+from fbkernels.lab import models
 
 SHAPE, CLASSES = (3, 32, 32), 10
 

@@ -14,7 +14,8 @@ from architectures import ARCHITECTURES, CLASSES
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import models, reference
+from fbkernels import reference
+from fbkernels.lab import models
 
 X, Y = torch.linspace(-2, 2, 4 * 3 * 32 * 32).mul(40).sin().view(4, 3, 32, 32), torch.arange(4) % CLASSES
 HIDDEN = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import reference
-from fbkernels.models import paper_cnn
+from fbkernels.lab.models import paper_cnn
 
 CL = torch.channels_last
 DROPS: dict[str, Callable[[Tensor], Tensor]] = {

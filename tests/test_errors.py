@@ -550,5 +550,5 @@ def test_a_rule_that_learns_from_layerwise_errors_says_that_it_cannot_be_compile
     net = fb.convert(mlp(), feedback="layerwise")
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     step = torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match=r"Ridge\(.*in layerwise feedback cannot be compiled: use feedback='direct'"):
+    with pytest.raises(Exception, match=r"Ridge in layerwise feedback cannot be compiled: use feedback='direct'"):
         step(X, Y)

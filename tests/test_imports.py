@@ -49,6 +49,7 @@ def test_rooms() -> None:
         room = name.split(".")[1] if "." in name else ""
         for other in needs:
             other_room = other.split(".")[1] if "." in other else ""
+            assert not (room != "lab" and other_room == "lab"), f"{name} imports {other}"
             assert not (room == "stream" and other_room == "training"), f"{name} imports {other}"
             assert not (room == "rules" and other_room == "training"), f"{name} imports {other}"
             assert not (room == "ops" and other_room in ("training", "stream", "rules")), f"{name} imports {other}"

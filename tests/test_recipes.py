@@ -10,9 +10,9 @@ import torch
 from test_cli import interrupt, metrics, same_results
 from torch import nn
 
-from fbkernels import cli, models
-from fbkernels import train as job
-from fbkernels.data import crop_and_flip, draw_crops
+from fbkernels.lab import cli, models
+from fbkernels.lab import train as job
+from fbkernels.lab.data import crop_and_flip, draw_crops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were published")
 SHORT = {"epochs": 2, "batch_size": 32, "validation": 20, "threads": 1}

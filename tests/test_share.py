@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import ops, reference
-from fbkernels.models import resnet18
+from fbkernels.lab.models import resnet18
 
 RULES = [fb.Ridge(0.1), fb.LMS(0.01), fb.Joint(0.2), fb.Joint(0.2, "output"), fb.Fixed()]
 

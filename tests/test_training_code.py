@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import fbkernels as fb
-from fbkernels import models
+from fbkernels.lab import models
 
 GENERATOR = torch.Generator().manual_seed(1)
 IMAGES, LABELS = torch.randn(28, 3, 12, 12, generator=GENERATOR), torch.randint(5, (28,), generator=GENERATOR)

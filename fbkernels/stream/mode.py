@@ -101,6 +101,8 @@ class Streams(TorchFunctionMode):
 
     def belongs(self, t: Tensor) -> bool:
         """Whether a tensor lives longer than a step: a buffer or parameter, which has clean values and no difference."""
+        if self.mark(t) is not None:  # and Dynamo of torch 2.11 knows no identity of what a trace makes
+            return False
         if id(t) in self.buffers or (t.is_leaf and t.requires_grad):
             return True
         base = None if torch.compiler.is_compiling() or not t._is_view() else t._base
@@ -199,7 +201,7 @@ class Streams(TorchFunctionMode):
             return func(*args, **kwargs), None
         handler = HANDLERS.get(kind)
         if handler is not None:
-            result = handler(self, func, args, kwargs, len(marked) == 1 and bool(args) and args[0] is marked[0][0])
+            result = handler(self, func, args, kwargs, len(marked) == 1 and len(args) > 0 and args[0] is marked[0][0])
             if result is not None:
                 return result
         return general(self, func, args, kwargs)
@@ -207,7 +209,7 @@ class Streams(TorchFunctionMode):
     def _tag(self, func: Any, out: Any, d: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(out, Tensor):
             if d is not None or out.is_floating_point() or out.is_complex():
-                if not (args and out is args[0] and self.belongs(out)):
+                if not (args and out is args[0] and self.belongs(args[0])):
                     self.put(out, d)
         elif isinstance(out, (list, tuple)):
             for o, e in zip(out, d if isinstance(d, (list, tuple)) else [None] * len(out), strict=True):

@@ -30,7 +30,9 @@ class Layerwise(Step):
             self.learning and rule.adapts and rule.regresses and (self.perturbing or not rule.perturbs)
         )
         if self.learns and torch.compiler.is_compiling():
-            raise RuntimeError(f"{rule!r} in layerwise feedback cannot be compiled: use feedback='direct', or leave torch.compile out")
+            raise RuntimeError(
+                f"{type(rule).__name__} in layerwise feedback cannot be compiled: use feedback='direct', or leave torch.compile out"
+            )
 
     def cut(self, h: Tensor) -> Tensor:
         if self.probe:
