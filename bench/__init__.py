@@ -1,1 +1,1 @@
-"""Throughput and the paper's experiments; imported as ``fbkernels.bench``."""
+"""Throughput; imported as ``fbkernels.bench``."""

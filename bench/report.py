@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from fbkernels.bench.reproduce import EXPERIMENTS
 from fbkernels.bench.suite import SWEEPS, figure
-from fbkernels.plot import curves
-from fbkernels.train import number, recipe
+from fbkernels.lab.paper import EXPERIMENTS
+from fbkernels.lab.plot import curves
+from fbkernels.lab.train import number, recipe
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = """# Results

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import fbkernels as fb
 from fbkernels import reference
 from fbkernels.bench.timing import in_turns
-from fbkernels.data import load
-from fbkernels.loss import owner_of
+from fbkernels.lab.data import load
+from fbkernels.loss import network_of
 
 OUTPUT, LOSS = {"lr": 0.2, "signal": "output"}, {"lr": 0.2, "signal": "loss"}
 CASES: dict[str, list[tuple[int | str | None, dict[str, Any]]]] = {
@@ -72,7 +72,7 @@ def gradients(net: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor
 def floor(net: nn.Module, fit: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> list[float]:
     """The angle on ``test`` that is left with the best B, by layer; the least-squares map, of ``fit``."""
     net = copy.deepcopy(net)
-    share, basis = owner_of(net).share, next(iter(fb.points(net).values())).basis
+    share, basis = network_of(net).settings.share, next(iter(fb.points(net).values())).basis
     (e, ts), (r, gs) = gradients(net, *fit), gradients(net, *test)
     if basis is not None:
         e, r = e @ basis, r @ basis

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import reference
-from fbkernels.train import hardware, versions
+from fbkernels.lab.train import hardware, versions
 
 SMALLEST = 32
 SAMPLES = 400  # of memory in a run

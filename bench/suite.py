@@ -23,10 +23,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import models, ops, train
+from fbkernels import ops
 from fbkernels.bench import rivals
 from fbkernels.bench.rivals import Step, compiled
 from fbkernels.bench.timing import allocated, gpu_seconds, in_turns, launches, repeat, roofline, seconds
+from fbkernels.lab import models, train
 
 STD, LR = 0.05, 1e-4
 CHANNELS_LAST = torch.channels_last

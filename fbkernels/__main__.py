@@ -17,7 +17,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    from fbkernels import cli
+    from fbkernels.lab import cli
 
     return cli.main()
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import weakref
+import functools
+import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fbkernels import ops
 from fbkernels._check import boolean, in_interval, integer, one_of, positive
-from fbkernels.feedback import Feedback
-from fbkernels.loss import PerturbedLoss, owner_of, unwrap
+from fbkernels.loss import network_of, unwrap
 from fbkernels.nn import SyncBatchNorm
-from fbkernels.points import FeedbackPoint
 from fbkernels.rules import Ridge, Rule
+from fbkernels.training.network import Network
+from fbkernels.training.point import Entered, FeedbackPoint
+from fbkernels.training.settings import Settings
 
 _WHOLE = 2**31 - 1  # places that share: more than a map has
 
@@ -86,8 +85,12 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, Feedback) for m in model.modules()):
+    if any(isinstance(m, Network) for m in model.modules()):
         raise ValueError("model is converted already: use fbkernels.revert first")
+    script = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if script is not None:
+        where = f"module {script!r}" if script else "model"
+        raise ValueError(f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from")
     one_of("feedback", feedback, ("direct", "layerwise"))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     ops.choose(backend, device)
@@ -105,9 +108,8 @@ def convert(
         if feedback != "direct" or rule.private:
             raise ValueError(f"rank must be None with feedback={feedback!r} and {rule!r}, whose B has a column for no output, got {rank!r}")
     places = _places(model, points, include, exclude)
-    owner = Feedback(
+    settings = Settings(
         layerwise=feedback == "layerwise" and not rule.private,
-        everywhere=points is None and include is None and exclude is None and "point" not in places.values(),
         rule=rule,
         noise_std=float(positive("noise_std", noise_std)),
         noise=one_of("noise", noise, ("gaussian", "rademacher")),
@@ -119,12 +121,16 @@ def convert(
         backend=backend,
         share=_WHOLE if share == "channel" else int(share),
         rank=rank,
+        include=_patterns("include", include),
+        exclude=_patterns("exclude", exclude),
+        found=points is None and "point" not in places.values(),
     )
-    net = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    network = Network(settings)
+    net = _copied(model)
     for module in net.modules():
         if type(module) is nn.SyncBatchNorm:
             module.__class__ = SyncBatchNorm  # type: ignore[assignment]
-    owner.to(device)
+    network.to(device)
     if hasattr(net, "feedback") and not isinstance(net.feedback, FeedbackPoint):
         raise ValueError("model has an attribute 'feedback', the name fbkernels needs: rename it")
     for name, kind in places.items():
@@ -136,28 +142,43 @@ def convert(
             point = module.feedback = FeedbackPoint()
             point.converted = True
             point.train(module.training)
-            if type(module).forward is not nn.Sequential.forward:  # which runs the point itself, as its last child
-                hook = point.attach if kind == "layer" else point.follow
-                owner.hooks.append((module._forward_hooks, module.register_forward_hook(hook).id, hook))
+            if kind == "module" and type(module).forward is not nn.Sequential.forward:  # which runs the point itself, as its last child
+                module.register_forward_hook(point.follow)
         if isinstance(module, (nn.Linear, _ConvNd)):
-            point.channels_first = isinstance(module, _ConvNd)
-        point.name, point.index, point._net = name, len(owner.points), (owner,)
-        owner.points[name] = point
-    if owner.layerwise:
-        for name in _layers(net):
-            module, point = net.get_submodule(name), FeedbackPoint()
-            point.name, point.reads, point.converted, point._net = f"{name}.input", name, True, (owner,)
-            owner.readers[name.replace(".", "/")] = point
-            owner.hooks.append((module._forward_pre_hooks, module.register_forward_pre_hook(point.enter).id, point.enter))
+            point.maps = isinstance(module, _ConvNd)
+        point.name, point.index, point._network = name, len(network.points), (network,)
+        network.points[name] = point
+    for name in _layers(net):
+        module = net.get_submodule(name)
+        if type(module).forward not in _PLAIN or not isinstance(module._parameters.get("weight"), nn.Parameter):
+            module.register_forward_pre_hook(Entered(network, name))
     # a child of the first point and not of the network, which may be a Sequential that runs its children
-    next(iter(owner.points.values())).shared = owner
-    net.__dict__["feedback"] = owner
-    net.register_forward_pre_hook(owner.begin, with_kwargs=True)
-    net.register_forward_hook(owner.end)
-    net.register_load_state_dict_pre_hook(owner.check)
-    owner.root = (net,)
-    owner.train(model.training)
+    next(iter(network.points.values())).shared = network
+    net.__dict__["feedback"] = network
+    # no bound method: pickle would look for it in the class. Exporters ask for the signature
+    forward = functools.partial(_forward, net)
+    forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
+    net.__dict__["forward"] = forward
+    net.register_load_state_dict_pre_hook(network.check)
+    network.root = (net,)
+    network.train(model.training)
     return net
+
+
+_PLAIN = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+
+
+def _forward(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a converted network, beside its class' own."""
+    return net.feedback.forward(net, args, kwargs)  # type: ignore[union-attr]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Another module tree around the same parameters and buffers."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # what a hook has computed, old weight norm or pruning, will be computed anew
+        memo |= {id(t): t.detach() for t in module.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, memo)
 
 
 def _places(
@@ -176,7 +197,11 @@ def _places(
     own = {name.removesuffix(".feedback"): "point" for name, m in modules.items() if isinstance(m, FeedbackPoint)}
     layers = _layers(model)
     found = own or dict.fromkeys(layers[:-1], "layer")
-    found = {n: k for n, k in found.items() if _matches("include", n, include, True) and not _matches("exclude", n, exclude, False)}
+    found = {
+        n: k
+        for n, k in found.items()
+        if _matches(n, _patterns("include", include), True) and not _matches(n, _patterns("exclude", exclude), False)
+    }
     if not found:
         raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
     return found
@@ -189,12 +214,16 @@ def _layers(model: nn.Module) -> list[str]:
     return [n for n, m in modules.items() if isinstance(m, (nn.Linear, _ConvNd)) and not n.startswith(attention)]
 
 
-def _matches(argument: str, name: str, patterns: str | Iterable[str] | None, default: bool) -> bool:
+def _patterns(argument: str, patterns: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if patterns is None:
-        return default
+        return None
     if not isinstance(patterns, Iterable):
         raise TypeError(f"{argument} must be a name pattern or several, got {patterns!r}")
-    return any(fnmatch.fnmatchcase(name, p) for p in ([patterns] if isinstance(patterns, str) else patterns))
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _matches(name: str, patterns: tuple[str, ...] | None, default: bool) -> bool:
+    return default if patterns is None else any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 
 def revert(net: nn.Module) -> nn.Module:
@@ -205,15 +234,20 @@ def revert(net: nn.Module) -> nn.Module:
     """
     net = unwrap(net)
     flush(net)
-    own = (Feedback, FeedbackPoint)
+    own = (Network, FeedbackPoint)
     owned = {id(t) for m in net.modules() if isinstance(m, own) for t in m.buffers()}
-    model = copy.deepcopy(net, {id(t): t for t in (*net.parameters(), *net.buffers()) if id(t) not in owned})
-    del model.__dict__["feedback"]
+    forward = net.__dict__.pop("forward")
+    network = net.__dict__.pop("feedback")
+    try:
+        model = _copied(net)
+    finally:
+        net.__dict__["feedback"], net.__dict__["forward"] = network, forward
+    del owned
     for module in list(model.modules()):
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
-            for key in [k for k, hook in hooks.items() if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), own)]:
+            for key in [k for k, hook in hooks.items() if _ours(hook)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for child, point in list(module._modules.items()):
@@ -224,114 +258,16 @@ def revert(net: nn.Module) -> nn.Module:
     return model
 
 
+def _ours(hook: Any) -> bool:
+    inner = getattr(hook, "hook", hook)
+    return isinstance(inner, Entered) or isinstance(getattr(inner, "__self__", None), (Network, FeedbackPoint))
+
+
 def points(net: nn.Module) -> Mapping[str, FeedbackPoint]:
     """The network's feedback points in the order of the forward pass, by name."""
-    return MappingProxyType(owner_of(net).points)
+    return MappingProxyType(network_of(net).points)
 
 
 def flush(net: nn.Module) -> None:
     """Apply the pending update of every B now (SPEC 5). Exact at any time between two training steps."""
-    owner_of(net).flush()
-
-
-@dataclass(frozen=True)
-class PointSummary:
-    """One row of ``fbkernels.summary``."""
-
-    name: str
-    layer: str
-    index: int
-    units: int
-    B: tuple[int, ...] | None
-    bytes: int
-
-
-class Summary(list[PointSummary]):
-    """What was converted; prints as a table."""
-
-    def __init__(self, rows: Iterable[PointSummary], title: str, peak: int | None = None) -> None:
-        super().__init__(rows)
-        self.title, self.peak = title, peak
-
-    def __repr__(self) -> str:
-        head = ("point", "layer", "index", "units", "B", "memory")
-        rows = [
-            (
-                r.name,
-                r.layer,
-                str(r.index),
-                str(r.units or "?"),
-                *(("x".join(map(str, r.B)), f"{r.bytes / 2**20:.2f} MiB") if r.B else "??"),
-            )
-            for r in self
-        ]
-        width = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in (head, *rows)]
-        return "\n".join([self.title, *lines])
-
-    __str__ = __repr__
-
-
-def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
-    """What was converted: each point's layer, units, B and the memory of B and its statistics.
-
-    Shapes are known after the first training forward; until then they read "?". With a batch ``x`` of inputs (on the meta device, if you
-    like: only its shape counts) they are predicted, by a training step of plain torch operators on a copy without data, and with them
-    ``peak``, the bytes that such a step holds at most: parameters, gradients, activities of both streams, B and its statistics; not what an
-    optimiser keeps. The fused kernels need less.
-
-    Raises:
-        TypeError: net is not a converted network.
-    """
-    root, owner = unwrap(net), owner_of(net)
-    text, peak = "", None
-    if x is not None:
-        owner.flush()
-        with _Peak() as memory:
-            root = copy.deepcopy(root).to("meta").train()
-            z = root(x.to("meta"))
-            PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), root)(z, z.detach()).sum().backward()
-            owner_of(root).flush()
-        peak = memory.peak
-        text = f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
-    shown = owner_of(root)
-    rows = []
-    for name, point in shown.points.items():
-        B = point.B
-        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
-        rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
-    title = (
-        f"{type(root).__name__}: {owner.extra_repr()}\n{sum(r.units for r in rows)} noisy units, step {int(owner.step)}, "
-        f"{int(owner.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
-    )
-    return Summary(rows, title, peak)
-
-
-def _bytes(state: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in state.values())
-
-
-class _Peak(TorchDispatchMode):
-    """The most bytes at once of what operators make in the ``with`` block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return out
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-__all__ = ["Summary", "convert", "flush", "points", "revert", "summary"]
+    network_of(net).flush()

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fbkernels import ops
-from fbkernels.autograd import Deliver
-from fbkernels.feedback import Feedback
-from fbkernels.processes import Processes, several
+from fbkernels.criterion import PerSample, error
+from fbkernels.layout import Layout
+from fbkernels.training.autograd import Deliver
+from fbkernels.training.network import Network
+from fbkernels.training.processes import Processes, several
+from fbkernels.training.step import Step
 
 
 def unwrap(net: nn.Module) -> nn.Module:
     """The converted network inside torch.compile or another wrapper."""
-    while not isinstance(getattr(net, "feedback", None), Feedback):
+    while not isinstance(getattr(net, "feedback", None), Network):
         inner = getattr(net, "_orig_mod", None) or getattr(net, "module", None)
         if not isinstance(inner, nn.Module):
             raise TypeError(f"net must be a network converted by fbkernels.convert, got {type(net).__name__}")
@@ -28,91 +29,11 @@ def unwrap(net: nn.Module) -> nn.Module:
     return net
 
 
-def owner_of(net: nn.Module) -> Feedback:
+def network_of(net: nn.Module) -> Network:
     """What the points of a converted network share."""
-    owner = unwrap(net).feedback
-    assert isinstance(owner, Feedback)
-    return owner
-
-
-class PerSample:
-    """Per-sample losses of a criterion in float64, so that L~ - L of two nearly equal losses keeps its digits (SPEC 2).
-
-    ``reduction``: how the criterion itself sums them up, "mean", "sum" or "none". ``cross_entropy``: whether it is nn.CrossEntropyLoss or
-    its function, with nothing but a reduction set.
-    """
-
-    def __init__(self, criterion: Callable[..., Tensor]) -> None:
-        if not callable(criterion):
-            raise TypeError(f"criterion must be a loss module or function, got {criterion!r}")
-        self.criterion = criterion
-        self.reduction = "none"
-        self.exact: Callable[..., Tensor] = criterion
-        if isinstance(criterion, nn.Module):
-            if any(p.requires_grad for p in criterion.parameters()):
-                raise ValueError("criterion has parameters that require a gradient, which would not get one: put them into the network")
-            exact: Any = copy.deepcopy(criterion).double()
-            if hasattr(exact, "reduction"):
-                self.reduction, exact.reduction = exact.reduction, "none"
-            self.exact = exact
-        elif isinstance(criterion, functools.partial) or "reduction" in inspect.signature(criterion).parameters:
-            keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
-            if "reduction" in inspect.signature(criterion).parameters:
-                self.reduction = keywords.get("reduction", inspect.signature(criterion).parameters["reduction"].default)
-                keywords = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
-                self.exact = functools.partial(criterion, **{**keywords, "reduction": "none"})
-        e: Any = self.exact
-        self.cross_entropy = False
-        if type(e) is nn.CrossEntropyLoss:
-            self.cross_entropy = (e.weight, e.label_smoothing, e.ignore_index) == (None, 0.0, -100)
-        elif isinstance(e, functools.partial):
-            self.cross_entropy = e.func is nn.functional.cross_entropy and not e.args and e.keywords.keys() == {"reduction"}
-
-    def __call__(self, logits: Tensor, target: Any, whole: Any = None) -> Tensor:
-        """[N] losses, such that their mean, or sum, is the criterion's value; ``whole``: the target of the batch that these rows are of."""
-        target = target.to(logits.dtype) if isinstance(target, Tensor) and target.is_floating_point() else target
-        losses = self._losses(logits, target)
-        if losses.ndim == 0 or len(losses) != len(logits):
-            raise ValueError(
-                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
-                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample"
-            )
-        if self.reduction == "none" and losses.ndim > 1:
-            raise ValueError(
-                f"criterion with reduction='none' must return shape ({len(logits)},), got {tuple(losses.shape)}: use 'mean' or 'sum'"
-            )
-        per = losses.flatten(1).sum(1) if losses.ndim > 1 else losses
-        scale = self.scale(logits, target if whole is None else whole, losses)
-        return per if scale is None else per * scale
-
-    def _losses(self, logits: Tensor, target: Any) -> Tensor:
-        if isinstance(self.criterion, nn.Module):
-            return self.exact(logits, target)
-        try:
-            return self.exact(logits, target)
-        except RuntimeError:  # a function that captured float32 tensors, class weights say, takes no float64
-            single = target.float() if isinstance(target, Tensor) and target.is_floating_point() else target
-            return self.exact(logits.float(), single).to(logits.dtype)
-
-    def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
-        """What makes a mean of per-sample losses the criterion's, in which class weights and ignored targets count; None for 1."""
-        if self.reduction != "mean":
-            return None
-        weight, ignored = getattr(self.exact, "weight", None), getattr(self.exact, "ignore_index", None)
-        if isinstance(self.exact, functools.partial):
-            weight, ignored = self.exact.keywords.get("weight"), self.exact.keywords.get("ignore_index", -100)
-        if target.is_floating_point() or ignored is None:
-            return len(losses) / losses.numel()
-        valid = target != ignored
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        if weight is None:
-            return len(target) / valid.sum().to(dtype)
-        return len(target) / weight.to(dtype)[torch.where(valid, target, 0)].mul(valid).sum()
-
-    def reduce(self, losses: Tensor) -> Tensor:
-        if self.reduction == "batchmean":
-            return losses.mean()
-        return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+    network = unwrap(net).feedback
+    assert isinstance(network, Network)
+    return network
 
 
 class PerturbedLoss(nn.Module):
@@ -136,7 +57,7 @@ class PerturbedLoss(nn.Module):
       the noise of all.
     * ``layerwise``: at the end of the backward pass the sum of B's updates, as large as W, ``Ridge`` also R^T R [m, m] in float64; for
       rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
-    * ``SyntheticGradient`` the sum of B's updates; ``Fixed`` and rules that follow W nothing.
+    * ``SyntheticGradient`` the sum of B's updates; ``Fixed``, ``WeightMirror`` and rules that follow W nothing.
 
     and the number of rows and of skipped samples. Make the loss after ``init_process_group``, with the wrapped network where the group is
     not the default one. All processes take the same steps: no Join. DistributedDataParallel averages the gradients of W over processes:
@@ -159,134 +80,231 @@ class PerturbedLoss(nn.Module):
         self.per_sample = PerSample(criterion)
         self._anchor = torch.zeros((), requires_grad=True)  # keeps loss.backward() legal in warm-up, when nothing else is attached
         self._net = (unwrap(net),)  # a tuple: the loss does not own the network's parameters
-        group, owner = getattr(net, "process_group", None), owner_of(net)
+        group, network = getattr(net, "process_group", None), network_of(net)
         sharded = [n for n, m in unwrap(net).named_modules() if any(c.__name__ == "FSDPModule" for c in type(m).__mro__)]
         if sharded and sharded != [""]:
             raise ValueError(f"fully_shard the network as a whole, not its part {sharded[-1]!r}: no gradient reaches a part's input")
-        if sharded and (owner.rule.follows or owner.rule.supervised):
-            raise ValueError(f"{owner.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel")
-        if not several(group) or owner.step.is_meta:
-            owner.processes = None
-        elif owner.processes is None or owner.processes.group is not (group or torch.distributed.group.WORLD):
-            owner.processes = Processes(group, owner.step.device)
-
-    def forward(self, logits: Tensor, target: Any) -> Tensor:
-        root = self._net[0]
-        net = root.feedback
-        assert isinstance(net, Feedback)
-        if not root.training:
-            return self.criterion(logits, target)
-        if net.processes is None and not torch.compiler.is_compiling() and not net.step.is_meta and several():
-            raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
-        if net.logits is None or not _same(logits, net.logits):
+        if sharded and (network.settings.rule.follows or network.settings.rule.supervised):
             raise ValueError(
-                "PerturbedLoss must be called once, with the output of the network's last training forward; a loss of several parts is one "
-                "criterion, and mixup mixes the targets instead of the losses"
+                f"{network.settings.rule!r} does not work with fully_shard, which hides W between steps: use DistributedDataParallel"
             )
-        losses, e, *change = signals(net, self.per_sample, logits.detach(), target)
+        if not several(group) or network.step.is_meta:
+            network.processes = None
+        elif network.processes is None or network.processes.group is not (group or torch.distributed.group.WORLD):
+            network.processes = Processes(group, network.step.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PerturbedLoss:
+        """Of the same network, unless that is copied with it."""
+        own, net = self.__dict__, self._net[0]
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo.setdefault(id(net), net)
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in own.items()})
+        return new
+
+    def forward(self, output: Any, target: Any) -> Tensor:
+        root = self._net[0]
+        network = root.feedback
+        assert isinstance(network, Network)
+        if not root.training or not torch.is_grad_enabled():
+            return self.criterion(output, target)
+        if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
+            raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
+        step, rule = network.current, network.settings.rule
+        if step is not None:
+            step.taken = True
+        chosen = None if step is None else given(step, output)
+        if step is None or chosen is None:
+            raise ValueError(
+                "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it; "
+                "what else follows belongs into forward, a loss of several parts is one criterion, "
+                "and mixup mixes the targets instead of the losses"
+            )
+        losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
+        dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)
         with torch.no_grad():
-            m = net.measure(e, *change)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        perturbed = net.perturbing and net.perturbed is not None
-        learns = net.rule.adapts and net.learning and (perturbed or not net.rule.perturbs)
-        out = attach(net, m, losses.to(dtype), e.to(dtype), logits, self._anchor, learns)
-        net.activities, net.blocks, net.logits = {}, {}, None
+            flat = [step.layouts[i].units_of(t, step.samples) for i, t in zip(chosen, e, strict=True)]
+            m = network.measure(step, flat[0] if len(flat) == 1 else torch.cat(flat, 1), dL, dy, ok, dtype)
+        perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
+        learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
+        out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
+        network.current = None
         with torch.no_grad():
-            if net.rule.supervised:
+            if rule.supervised:
                 from fbkernels.metrics import true_gradients
 
-                m.targets = true_gradients(root, self.per_sample, target)
-            if learns and not net.layerwise:
-                net.schedule(m)
-            net.advance()
-        net.warn()
+                m.targets = true_gradients(root, step, self.per_sample, target)
+            if learns and rule.mirrors:
+                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
+                if read:
+                    rule.reflect(read, network.step)
+            elif learns and not network.settings.layerwise:
+                network.schedule(m)
+            network.advance()
+        network.warn()
         return self.per_sample.reduce(out)
 
 
-def _same(logits: Tensor, own: Tensor) -> bool:
+def given(step: Step, output: Any) -> list[int] | None:
+    """Which of the network's outputs these are; None where one is not, or there is none."""
+    chosen: list[int] = []
+    for t in tree_flatten(output)[0]:
+        if not isinstance(t, Tensor):
+            continue
+        i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
+        if i is None:
+            return None
+        step.outputs[i] = t  # the gradient takes the same way back: DistributedDataParallel waits for it at its copy
+        chosen.append(i)
+    return chosen or None
+
+
+def same(logits: Tensor, own: Tensor) -> bool:
     """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
     if logits is own:
         return True
     node: Any = getattr(logits, "grad_fn", None)
-    return type(node).__name__ == "_DDPSinkBackward" and node.next_functions[0][0] is own.grad_fn
+    if type(node).__name__ != "_DDPSinkBackward" or own.grad_fn is None:
+        return False
+    return bool(node.next_functions[logits.output_nr] == (own.grad_fn, own.output_nr))
 
 
-def signals(net: Feedback, per_sample: PerSample, y: Tensor, target: Any) -> tuple[Tensor, ...]:
-    """Losses [N] and e [N, K]; of the perturbed samples dL, dy = y~ - y, and ok: whether all four are finite; where not, dL = dy = 0."""
-    moved = net.perturbed.detach() if net.perturbing and net.perturbed is not None else None
+# linear functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
+_LINEAR = {
+    *(
+        "ToCopy",
+        "Squeeze",
+        "Unsqueeze",
+        "View",
+        "ReshapeAlias",
+        "UnsafeView",
+        "Clone",
+        "Select",
+        "Slice",
+        "Alias",
+        "Transpose",
+        "Permute",
+        "T",
+    ),
+    *("Div", "Mul", "Neg", "Index", "IndexSelect", "Flatten", "Unflatten"),
+}
+
+
+def followed(step: Step, i: int, t: Tensor) -> bool:
+    """Whether t is output i behind linear functions of torch: then it takes that output's place, and its change is what they make of it."""
+    own, change = step.outputs[i], step.changes[i]
+    node: Any = None if torch.compiler.is_compiling() else t.grad_fn
+    which = t.output_nr  # of what node made
+    while node is not None and (node, which) != (own.grad_fn, own.output_nr):
+        before = [edge for edge in node.next_functions if edge[0] is not None]
+        if node.name().rstrip("0123456789").removesuffix("Backward") not in _LINEAR or len(before) != 1:
+            return False
+        ((node, which),) = before
+    if node is None or step.partial() or t.ndim == 0 or (step.samples and len(t) % step.samples):
+        return False
+    if change is not None:
+        with torch.enable_grad():  # J d as the derivative of J^T v with respect to v
+            v = torch.zeros_like(t, requires_grad=True)
+            (back,) = torch.autograd.grad(t, own, v, create_graph=True)
+            (step.changes[i],) = torch.autograd.grad(back, v, change.to(back.dtype))
+    step.layouts[i] = Layout.of(t, step.samples, False, 1, step.layouts[i].rows)
+    return True
+
+
+def signals(
+    step: Step, per_sample: PerSample, output: Any, chosen: list[int], target: Any
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+    """A loss for each row, and e in the shape of each output; of the perturbed samples dL [n], dy = y~ - y [n, K], and ok: whether all are
+    finite; where not, dL = dy = 0."""
+    y = step.outputs[chosen[0]].detach()
+    layouts, changes = [step.layouts[i] for i in chosen], [step.changes[i] for i in chosen]
+    moves = step.perturbing and any(d is not None for d in changes)
+    n = step.perturbed_rows if moves else step.samples
     if (
         per_sample.cross_entropy
+        and len(chosen) == 1
+        and layouts[0].plain
         and isinstance(target, Tensor)
         and target.dtype == torch.int64
         and y.ndim == 2
         and y.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and ops.backend_of(y, net.backend) == "triton"
+        and ops.backend_of(y, step.network.settings.backend) == "triton"
     ):
-        antithetic = net.antithetic and moved is not None
-        return ops.perturbed_cross_entropy(  # type: ignore[no-any-return]
-            y, moved, target, antithetic, scale=per_sample.scale(y, target, y), backend="triton"
+        moved = step.rows(y) + changes[0] if moves else None  # type: ignore[operator]
+        losses, e, dL, dy, ok = ops.perturbed_cross_entropy(
+            y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend="triton"
         )
-    losses, e = error(per_sample, y.double(), target)
+        return losses, (e,), dL, dy, ok
+    losses, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
     with torch.no_grad():
-        n = len(losses) if moved is None else net.perturbed_rows
-        dL, dy = torch.zeros_like(losses[:n]), torch.zeros_like(e[:n])
-        if moved is not None:
-            targets = tree_map_only(Tensor, lambda t: net.rows(t) if t.ndim and len(t) == len(y) else t, target)
+        sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
+        dy = torch.cat(sides, 1) * 0
+        sample = samplewise(step, layouts[0], losses)
+        dL = torch.zeros_like(sample[:n])
+        if moves:
+            leaves, spec = tree_flatten(output)
+            at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+            ds = [
+                torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
+                for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
+            ]
+            for i, d in zip(at, ds, strict=True):
+                leaves[i] = step.rows(leaves[i].detach()).double() + d
+            rows = len(y)
+            targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
             whole = target if isinstance(target, Tensor) else None
-            moved = moved.double()
-            L, p = per_sample(moved, targets, whole), moved.flatten(1)
-            if net.antithetic:
-                dL, dy = (L[:n] - L[n:]) / 2, (p[:n] - p[n:]) / 2
+            L = per_sample(tree_unflatten(leaves, spec), targets, whole)
+            if step.antithetic:
+                dL = (L[:n] - L[n:]) / 2
+                dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)
             else:
-                dL, dy = L - losses[:n], p - y.flatten(1)[:n].double()
-        ok = torch.isfinite(losses[:n]) & torch.isfinite(e[:n]).all(1) & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+                dL = samplewise(step, layouts[0], L, n) - sample[:n]
+                dy = torch.cat([layout.units_of(d, n) for layout, d in zip(layouts, ds, strict=True)], 1)
+        ok = torch.isfinite(sample[:n]) & torch.isfinite(dL) & torch.isfinite(dy).all(1)
+        for side in sides:
+            ok = ok & torch.isfinite(side).all(1)
         return losses, e, torch.where(ok, dL, 0.0), torch.where(ok[:, None], dy, 0.0), ok
 
 
-def error(per_sample: PerSample, logits: Tensor, target: Any) -> tuple[Tensor, Tensor]:
-    """Per-sample losses and e = dL_n/dlogits_n [N, outputs], both float64."""
-    if torch.compiler.is_compiling():  # Dynamo traces torch.func.grad, and torch.autograd.grad only behind a switch
-
-        def total(z: Tensor) -> tuple[Tensor, Tensor]:
-            losses = per_sample(z, target)
-            return losses.sum(), losses
-
-        e, losses = torch.func.grad(total, has_aux=True)(logits)
-        return losses, e.flatten(1)
-    with torch.enable_grad():
-        z = logits.requires_grad_()
-        losses = per_sample(z, target)
-        (e,) = torch.autograd.grad(losses.sum(), z)
-    return losses.detach(), e.flatten(1)
+def samplewise(step: Step, layout: Any, losses: Tensor, n: int | None = None) -> Tensor:
+    """[N]: the sum over a sample's rows, where the criterion has one loss for each row."""
+    n = step.samples if n is None else n
+    return losses if len(losses) == n else layout.rows.first(losses, n).reshape(n, -1).sum(1)
 
 
-def attach(net: Feedback, m: Any, losses: Tensor, e: Tensor, logits: Tensor, anchor: Tensor | None = None, learns: bool = False) -> Tensor:
+def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: list[int], anchor: Tensor | None = None) -> Tensor:
     """The losses with the feedback as their backward."""
-    points = [net.points[name] for name in net.activities]
-    record = None
+    network, settings = step.network, step.network.settings
+    points = [network.points[name] for name in step.activities]
+    outputs = [step.outputs[i] for i in chosen]
     feedback: tuple[Tensor, ...] = ()
     activities: tuple[Tensor, ...] = ()
-    if net.rule.private:
-        padding = len(logits) - m.rows
-        given = [net.rule.gradients(point, m) for point in points]
+    if settings.rule.private:
+        padding = step.samples - m.rows
+        given = [settings.rule.gradients(point, m) for point in points]
         feedback = tuple(nn.functional.pad(g, (*[0] * (2 * g.ndim - 1), padding)) if padding else g for g in given)
-        activities = tuple(net.activities.values())
-    elif net.layerwise:
-
-        def record(c: Tensor) -> None:
-            if learns and m.scale is None:
-                net.schedule(m)
-            m.scale = c.detach()
-    else:
-        feedback = tuple(point.create((point.units, net.rank or e.shape[1]), logits) for point in points)
-        activities = tuple(net.activities.values())
-    layouts = tuple((point.channels_first, net.share) for point in points) if activities else ()
-    blocks = tuple(net.blocks.get(name) for name in net.activities) if activities else ()
+        activities = tuple(step.activities.values())
+    elif not settings.layerwise:
+        K = m.regressor.shape[-1]
+        feedback = tuple(point.create((point.units, K), outputs[0]) for point in points)
+        activities = tuple(step.activities.values())
+    layouts = (*(step.layouts[i] for i in chosen), *(point.layout for point in points if activities))
+    blocks = tuple(step.blocks.get(name) for name in step.activities) if activities else ()
     for point, block in zip(points, blocks, strict=False):
         if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
             raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
     out: Tensor = Deliver.apply(
-        losses, e, net.state.get("C"), feedback, blocks, layouts, net.rule.private, record, anchor, logits, *activities
+        losses,
+        e,
+        network.state.get("C"),
+        feedback,
+        blocks,
+        layouts,
+        settings.rule.private,
+        step.record(m),
+        anchor,
+        *outputs,
+        *activities,
     )
     return out

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from fbkernels import reference
-from fbkernels.feedback import Feedback
-from fbkernels.loss import PerSample, PerturbedLoss, attach, error, owner_of, signals, unwrap
+from fbkernels.criterion import PerSample, error
+from fbkernels.loss import PerturbedLoss, attach, network_of, signals, unwrap
+from fbkernels.training.network import Network
+from fbkernels.training.step import Step
 
 
 def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, dict[str, float]]:
@@ -46,12 +48,12 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
     with _copy(net) as probe:
         true, true_weights, _ = _gradients(probe, per_sample, (x,), {}, y, exact=True)
         learned, weights, e = _gradients(probe, per_sample, (x,), {}, y, exact=False)
-        owner = owner_of(probe)
-        for name in owner.points:
+        network = network_of(probe)
+        for name in network.points:
             if name not in true:
                 continue
             g, t = learned.get(name), true[name]
-            B, W, R = _maps(owner, name, t, e)
+            B, W, R = _maps(network, name, t, e)
             row = {"angle": _angle(g, t), "update_angle": _angle(weights.get(name), true_weights.get(name))}
             row["weight_angle"] = _angle(B, W)
             row["sign_congruence"] = math.nan if B is None or W is None else float(((B.sign() * W.sign() + 1) / 2).mean())
@@ -70,28 +72,29 @@ def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Te
     with _copy(net) as probe:
         true, _, _ = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=True)
         _, _, e = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=False)
-        for name in owner_of(probe).points:
-            B, W, R = _maps(owner_of(probe), name, true[name], e)
+        for name in network_of(probe).points:
+            B, W, R = _maps(network_of(probe), name, true[name], e)
             theta = math.nan if B is None or W is None or R is None else _angle(B @ R.mT, W @ R.mT)
             result[name] = min(theta, 180 - theta)
     return result
 
 
-def true_gradients(net: nn.Module, per_sample: PerSample, target: Any) -> dict[str, Tensor]:
-    """Backprop's dL/dh_l of the network's last training forward, by point, batch first: the target of supervised rules."""
-    args, kwargs = owner_of(net).inputs
+def true_gradients(net: nn.Module, step: Step, per_sample: PerSample, target: Any) -> dict[str, Tensor]:
+    """Backprop's dL/dh_l of a training forward, by point, batch first: the target of supervised rules."""
+    args, kwargs = step.inputs
     with _copy(net) as probe:
-        owner_of(probe).processes = owner_of(net).processes  # for SyncBatchNorm
+        network_of(probe).processes = network_of(net).processes  # for SyncBatchNorm
         return _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
 
 
 @contextlib.contextmanager
 def _copy(net: nn.Module) -> Iterator[nn.Module]:
-    root, owner = unwrap(net), owner_of(net)
-    owner.flush()
-    devices = [owner.step.device] if owner.step.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(owner.step.device.type, enabled=False):
+    root, network = unwrap(net), network_of(net)
+    network.flush()
+    devices = [network.step.device] if network.step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(network.step.device.type, enabled=False):
         probe = copy.deepcopy(root).double()
+        network_of(probe).adopt(network)
         for p in probe.parameters():
             p.requires_grad_(True)
         yield probe.train()
@@ -101,46 +104,66 @@ def _gradients(
     probe: nn.Module, per_sample: PerSample, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, exact: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """dL/dh_l, dL/d(parameters of layer l) as one vector, and e; of the sum of the per-sample losses."""
-    owner = owner_of(probe)
-    owner.probe = "exact" if exact else "learned"
-    double = lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
+    network = network_of(probe)
+    network.probe = "exact" if exact else "learned"
+    double = lambda v: v.double() if v.is_floating_point() else v  # noqa: E731
     probe.zero_grad()
-    with torch.random.fork_rng([owner.step.device] if owner.step.device.type == "cuda" else []):  # both passes draw the same dropout masks
-        logits = probe(*map(double, args), **{k: double(v) for k, v in kwargs.items()})
-    activities = dict(owner.activities)
+    with torch.random.fork_rng([network.step.device] if network.step.device.type == "cuda" else []):  # both passes draw the same masks
+        output = probe(*tree_map_only(Tensor, double, args), **tree_map_only(Tensor, double, kwargs))
+    step = network.current
+    assert step is not None
+    activities = dict(step.activities)
     for h in activities.values():
         h.retain_grad()
+    chosen = list(range(len(step.outputs)))
     if exact:
-        _, e = error(per_sample, logits.detach(), target)
-        per_sample(logits, target).sum().backward()
+        _, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+        per_sample(output, target).sum().backward()
     else:
-        losses, e, *change = signals(owner, per_sample, logits.detach(), target)
-        attach(owner, owner.measure(e, *change), losses, e, logits).sum().backward()
+        losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
+        attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward()
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}
-    for name in (n for n in activities if not owner.points[n].reads):
-        own = [p.grad.flatten() for p in probe.get_submodule(name).parameters() if p.grad is not None]
+    for name in (n for n in activities if not network.points[n].reads):
+        own = [p.grad.flatten() for p in _layer(probe, name).parameters() if p.grad is not None]
         if own:
             weights[name] = torch.cat(own)
-    return hidden, weights, e
+    return hidden, weights, _flat(step, e)
 
 
-def _maps(owner: Feedback, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _flat(step: Step, e: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([layout.units_of(t, step.samples) for layout, t in zip(step.layouts, e, strict=True)], 1)
+
+
+def _layer(net: nn.Module, name: str) -> nn.Module:
+    """The module that a point is behind, or that the weight of its layer belongs to."""
+    while name:
+        with contextlib.suppress(AttributeError):
+            return net.get_submodule(name)
+        name = name.rpartition(".")[0]
+    return net
+
+
+def _maps(network: Network, name: str, t: Tensor, e: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """B, the map that it stands for, and its regressors, as matrices."""
-    point = owner.points[name]
-    B = owner.rule.feedback(point)
-    if B is None:
+    point, settings = network.points[name], network.settings
+    B = settings.rule.feedback(point)
+    if B is None or point.layout is None:
         return None, None, None
-    if not owner.layerwise:
-        e = owner.project(e)
+    if not settings.layerwise:
+        e = network.project(e)
         if not torch.isfinite(e).all():
             return B, None, e  # diverged: there is no best map
-        best = torch.linalg.pinv(e) @ reference.units(t, point.channels_first, owner.share)  # e of cross-entropy is rank-deficient
+        best = torch.linalg.pinv(e) @ point.layout.units_of(t, len(e))  # e of cross-entropy is rank-deficient
         return B, best.T, e
     assert point.weight is not None and point.connection is not None
     W = point.weight.detach()
     W = W if point.connection.convolution else W.T
-    return point.connection.matrix(B), point.connection.matrix(W), point.regressors(owner.errors[name])
+    return (
+        point.connection.matrix(B),
+        point.connection.matrix(W),
+        point.regressors(network.current.errors[name]) if network.current is not None else None,
+    )
 
 
 def _angle(a: Tensor | None, b: Tensor | None) -> float:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbkernels._check import one_of
-from fbkernels.points import FeedbackPoint
-from fbkernels.processes import several
 from fbkernels.reference import ACTIVATIONS
-from fbkernels.streams import Streams
+from fbkernels.stream.synchronised import synchronised
+from fbkernels.training.point import FeedbackPoint
+from fbkernels.training.processes import several
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -25,13 +25,15 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"SyncBatchNorm needs at least 2 dimensions, got {input.ndim}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Streams) or not self.training or input.net.processes is None or not several(self.process_group):
+        if not self.training or not several(self.process_group):
             return super().forward(input)
-        input.net.group = self.process_group or torch.distributed.group.WORLD
-        try:
-            return super().forward(input)
-        finally:
-            input.net.group = None
+        self._check_input_dim(input)
+        momentum = self.momentum
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(self.num_batches_tracked) if momentum is None else momentum
+        group = self.process_group or torch.distributed.group.WORLD
+        return synchronised(input, self.running_mean, self.running_var, self.weight, self.bias, momentum or 0.0, self.eps, group)
 
 
 class _Layer(nn.Module):

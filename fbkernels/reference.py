@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -408,9 +408,6 @@ class Connection:
         return gradient
 
     def weight_gradient(self, delta: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if self.convolution and self.kernel == (1, 1) and max(self.stride) > 1 and not any(self.padding) and not x.is_cuda:
-            # torch 2.11 to 2.13 on a CPU writes outside a strided 1x1 gradient of 2 to 7 channels, channels-last
-            return replace(self, stride=(1, 1))._backward(delta, x[..., :: self.stride[0], :: self.stride[1]], weight, 1)
         if self.convolution:
             return self._backward(delta, x, weight, 1)
         gradient: Tensor = delta.flatten(0, -2).T @ x.flatten(0, -2)

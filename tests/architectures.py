@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbkernels import models
+from fbkernels.lab import models
 
 SHAPE, CLASSES = (3, 32, 32), 10
 
@@ -290,6 +290,219 @@ class ViT(nn.Module):
         return self.head(self.norm(self.blocks(self.drop(x)))[:, 0])
 
 
+class SqueezeExcite(nn.Module):
+    """Hu et al. 2018: a map is read by its own gate, and multiplied with it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, width // 2, 1), nn.Conv2d(width // 2, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.adaptive_avg_pool2d(x, 1)
+        return x * self.up(F.relu(self.down(gate))).sigmoid()
+
+
+class GatedBlock(nn.Module):
+    """Tan & Le 2019: depthwise convolution, swish by hand, squeeze and excitation, a projection without an activation."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        hidden = 2 * channels
+        self.conv1, self.bn1 = nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden)
+        self.conv2, self.bn2 = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False), nn.BatchNorm2d(hidden)
+        self.gate, self.conv3, self.bn3 = SqueezeExcite(hidden), nn.Conv2d(hidden, width, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = swish(self.bn2(self.conv2(swish(self.bn1(self.conv1(x))))))
+        h = self.bn3(self.conv3(self.gate(h)))
+        return h + x if h.shape == x.shape else h
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * x.sigmoid()
+
+
+class PreActivation(nn.Module):
+    """He et al. 2016b: norm and activation come first, and the shortcut reads what the branch reads or what came before them."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False) if stride != 1 or channels != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out += shortcut
+        return out
+
+
+class Inception(nn.Module):
+    """Szegedy et al. 2015: four branches read one activity, and are joined."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        conv = lambda i, k: nn.Sequential(nn.Conv2d(i, width, k, padding=k // 2), nn.BatchNorm2d(width), nn.ReLU(True))  # noqa: E731
+        self.b1, self.b2, self.b3 = conv(channels, 1), nn.Sequential(conv(channels, 1), conv(width, 3)), conv(channels, 5)
+        self.b4 = nn.Sequential(nn.MaxPool2d(3, 1, 1), conv(channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.b1(x), self.b2(x), self.b3(x), self.b4(x)], 1)
+
+
+class Joined(nn.Module):
+    """A layer's map is read twice, by the layer above and by the joint with it, in either order."""
+
+    def __init__(self, channels: int, width: int, first: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.first = nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            kept = F.avg_pool2d(x, 2)
+            return torch.cat([kept, F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)], 1)
+        h = F.max_pool2d(F.relu(self.bn(self.conv(x))), 2)
+        return torch.cat([h, F.avg_pool2d(x, 2)], 1)
+
+
+class UNet(nn.Module):
+    """Ronneberger et al. 2015: down, up, and across. Its map of classes is averaged."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))  # noqa: E731
+        self.down1, self.down2, self.bottom = block(3, width), block(width, 2 * width), block(2 * width, 4 * width)
+        self.up2, self.up1 = nn.ConvTranspose2d(4 * width, 2 * width, 2, 2), nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.join2, self.join1, self.head = block(4 * width, 2 * width), block(2 * width, width), nn.Conv2d(width, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.down1(x)
+        b = self.down2(F.max_pool2d(a, 2))
+        h = self.up2(self.bottom(F.max_pool2d(b, 2)))
+        h = self.up1(self.join2(torch.cat([b, h], 1)))
+        return self.head(self.join1(torch.cat([a, h], 1))).mean((2, 3))
+
+
+class WindowedBlock(nn.Module):
+    """Liu et al. 2021: attention in windows, which are rows of a larger batch, shifted by half a window in every other block."""
+
+    def __init__(self, width: int, heads: int, window: int, shift: int) -> None:
+        super().__init__()
+        self.window, self.shift = window, shift
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(width), Attention(width, heads), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, height, breadth, c = x.shape
+        w = self.window
+        h = torch.roll(self.norm1(x), (-self.shift, -self.shift), (1, 2)) if self.shift else self.norm1(x)
+        h = h.view(n, height // w, w, breadth // w, w, c).transpose(2, 3).reshape(-1, w * w, c)
+        h = self.attention(h).view(n, height // w, breadth // w, w, w, c).transpose(2, 3).reshape(n, height, breadth, c)
+        x = x + (torch.roll(h, (self.shift, self.shift), (1, 2)) if self.shift else h)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Swin(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.patch, self.blocks = nn.Conv2d(3, width, 4, 4), nn.Sequential(WindowedBlock(width, 2, 4, 0), WindowedBlock(width, 2, 4, 2))
+        self.merge, self.norm, self.head = nn.Linear(4 * width, 2 * width), nn.LayerNorm(2 * width), nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.patch(x).permute(0, 2, 3, 1))
+        x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)  # four neighbours are one token
+        return self.head(self.norm(self.merge(x)).mean((1, 2)))
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x
+
+
+def convmixer(width: int = 8, depth: int = 2) -> nn.Module:
+    """Trockman & Kolter 2022: the norm comes behind the activation."""
+    behind = lambda conv: nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(width))  # noqa: E731
+    layers = [behind(nn.Conv2d(3, width, 4, 4))]
+    for _ in range(depth):
+        layers.append(
+            nn.Sequential(Residual(behind(nn.Conv2d(width, width, 3, groups=width, padding=1))), behind(nn.Conv2d(width, width, 1)))
+        )
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+class Skipped(nn.Module):
+    """Huang et al. 2016, stochastic depth as the paper has it: by ``if``, for the whole batch, so the branch does not run at all."""
+
+    def __init__(self, width: int, survival: float) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.survival = survival
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(1).item() > self.survival:
+            return x
+        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(x + (h if self.training else self.survival * h))
+
+
+class TwoHeads(nn.Module):
+    """Two output layers, joined in forward; neither is hidden."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        self.conv, self.fc, self.joined = nn.Conv2d(3, 4, 5, 4), nn.Linear(4 * 7 * 7, 16), joined
+        self.head1, self.head2 = nn.Linear(16, 4 if joined else CLASSES), nn.Linear(16, 6 if joined else CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.fc(F.relu(self.conv(x)).flatten(1)))
+        return torch.cat([self.head1(h), self.head2(h)], 1) if self.joined else self.head1(h) + self.head2(h)
+
+
+class TimeFirst(nn.Module):
+    """An image's rows as a sequence, time before batch, as in nn.LSTM and nn.TransformerEncoder by default."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(96, width), nn.LayerNorm(width), nn.Linear(width, width)
+        self.mix, self.head = nn.Conv1d(32, 4, 1), nn.Linear(4 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.permute(2, 0, 1, 3).flatten(2)
+        h = torch.tanh(self.fc2(F.relu(self.norm(self.fc1(h)))))
+        return self.head(F.relu(self.mix(h.transpose(0, 1))).flatten(1))
+
+
+class Shuffled(nn.Module):
+    """Ma et al. 2018: half of the channels pass, the other half is convolved, and both are shuffled."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False), nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=1)
+        b = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(b)))))
+        x = torch.cat([a, F.relu(b)], 1)
+        n, c, height, width = x.shape
+        return x.view(n, 2, c // 2, height, width).transpose(1, 2).reshape(n, c, height, width)
+
+
+def small(channels: int, *blocks: nn.Module, width: int) -> nn.Module:
+    """A stem, blocks, and a linear head on the mean of what the blocks give, ``width`` channels."""
+    stem = nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "paper_cnn": lambda: models.paper_cnn(SHAPE, CLASSES, 1 / 16),
     "vgg11": lambda: vgg(False),
@@ -315,3 +528,22 @@ if importlib.util.find_spec("torchvision"):
         "resnet50": lambda: torchvision.resnet50(num_classes=CLASSES, width_per_group=16),
         "mobilenet_v2": lambda: torchvision.mobilenet_v2(num_classes=CLASSES, width_mult=0.25),
     }
+
+# what other people's code does that a feedback point has to bear: an activity with several readers, batches that are not in front
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "squeeze_excite": lambda: small(4, nn.Conv2d(4, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), SqueezeExcite(8), width=8),
+    "efficientnet": lambda: small(4, GatedBlock(4, 4), GatedBlock(4, 6), width=6),
+    # eight channels: torch 2.13 corrupts memory in the weight gradient of 1x1 convolutions of stride 2 that read 2 to 7, channels last
+    "preact_resnet": lambda: small(8, PreActivation(8, 8, 1), PreActivation(8, 16, 2), PreActivation(16, 16, 1), width=16),
+    "inception": lambda: small(4, Inception(4, 2), nn.MaxPool2d(2), Inception(8, 2), width=8),
+    "dense_kept_first": lambda: small(4, Joined(4, 4, True), Joined(8, 4, True), width=12),
+    "dense_kept_last": lambda: small(4, Joined(4, 4, False), Joined(8, 4, False), width=12),
+    "unet": UNet,
+    "swin": Swin,
+    "convmixer": convmixer,
+    "stochastic_depth": lambda: small(4, Skipped(4, 0.8), Skipped(4, 0.5), Skipped(4, 0.5), width=4),
+    "two_heads_joined": lambda: TwoHeads(True),
+    "two_heads_added": lambda: TwoHeads(False),
+    "time_first": TimeFirst,
+    "shufflenet": lambda: small(8, Shuffled(8), Shuffled(8), width=8),
+}

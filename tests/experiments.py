@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fbkernels.bench.reproduce import driver, fig2
-from fbkernels.bench.reproduce.driver import Data, Watch
-from fbkernels.bench.reproduce.mlp import MLP
+from fbkernels.lab.paper import driver, fig2
+from fbkernels.lab.paper.driver import Data, Watch
+from fbkernels.lab.paper.mlp import MLP
 
 
 def images(data_dir: str = "", device: str = "cpu") -> Data:

@@ -14,7 +14,8 @@ from architectures import ARCHITECTURES, CLASSES
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import models, reference
+from fbkernels import reference
+from fbkernels.lab import models
 
 X, Y = torch.linspace(-2, 2, 4 * 3 * 32 * 32).mul(40).sin().view(4, 3, 32, 32), torch.arange(4) % CLASSES
 HIDDEN = {
@@ -106,8 +107,8 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     probe = copy.deepcopy(net)
     probe.feedback.probe = "exact"
     run(probe, x)
-    activities = dict(probe.feedback.activities)
-    losses = F.cross_entropy(probe.feedback.logits, Y, reduction="none")
+    activities = dict(probe.feedback.current.activities)
+    losses = F.cross_entropy(probe.feedback.current.outputs[0], Y, reduction="none")
     gradients = torch.autograd.grad(losses.sum(), list(activities.values()))
     points = fb.points(probe)
     effect = torch.zeros(4, dtype=torch.float64)
@@ -120,7 +121,7 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     measured: list[Tensor] = []
     criterion = fb.PerturbedLoss(lambda out, y: measured.append(F.cross_entropy(out, y, reduction="none")) or measured[-1], net)
     run(net, x)
-    out = net.feedback.logits
+    out = net.feedback.current.outputs[0]
     loss = criterion(out, Y).mean()
     # the second order is sigma times curvatures of order 1 to 100, and kinks of relu within sigma
     torch.testing.assert_close((measured[1] - measured[0]).detach(), effect, rtol=0, atol=1e-3 * float(effect.abs().max()))
@@ -181,7 +182,7 @@ def test_a_point_behind_each_block(name: str) -> None:
     loss = criterion(run(net, x), Y).mean()
     logits, perturbed, activities = by_hand(model, names, x, std)
     torch.testing.assert_close(seen[0], logits, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(seen[1], perturbed, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[1], perturbed, rtol=2e-12, atol=2e-12)  # h + d is rounded as well as h
     e = (logits.softmax(1) - F.one_hot(Y, CLASSES)).detach() / 4
     by_layer = F.cross_entropy(logits, Y)
     for h, point in zip(activities, fb.points(net).values(), strict=True):

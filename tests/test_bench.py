@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fbkernels as fb
-from fbkernels import cli
 from fbkernels.bench import rivals, suite, timing
+from fbkernels.lab import cli
 
 RATES = {"gemm_float32_gmac_s": 2.0, "gemm_float64_gmac_s": 1.0, "copy_gb_s": 4.0}
 OVERHEAD = suite._overhead

@@ -178,11 +178,14 @@ def test_what_follows_a_layer_with_a_norm_is_one_launch(name: str, points: int, 
     pointwise, norm = ops.perturbed_pointwise, torch.batch_norm
     monkeypatch.setattr(ops, "perturbed_pointwise", lambda *a, **k: (calls.append(k), pointwise(*a, **k))[1])
     monkeypatch.setattr(torch, "batch_norm", lambda *a, **k: (alone.append(a), norm(*a, **k))[1])
+    train(NETS[name](), torch.float32, backend, steps=1, samples=3, rule=fb.Ridge())
+    first = len(alone)  # of finding the points, which runs the plain model
+    calls.clear()
     train(NETS[name](), torch.float32, backend, steps=2, samples=3, rule=fb.Ridge())
     fused = [k for k in calls if k.get("scale") is not None]
     assert len(fused) == 2 * points
     assert all(k["learned_step"] is not None and k["B"] is not None for k in fused[points:])
-    assert bool(alone) == (points == 0)
+    assert (len(alone) > 2 * first) == (points == 0)
 
 
 def test_a_norm_read_twice_counts_a_batch_once() -> None:
@@ -372,8 +375,8 @@ def test_an_activity_changed_in_place(change: str) -> None:
         torch.manual_seed(0)
         results.append(train(Changed(how), torch.float32, "cpp", rule=fb.Joint(signal="output")))
     for key, want in results[1].items():
-        # another memory format, another order of a convolution's sums
-        torch.testing.assert_close(results[0][key], want, rtol=0, atol=50 * 2.0**-23 * float(want.abs().max()) if change == "view" else 0)
+        # a clone of the activity in another memory format, another order of a convolution's sums
+        torch.testing.assert_close(results[0][key], want, rtol=0, atol=50 * 2.0**-23 * float(want.abs().max()))
 
 
 def test_an_activity_changed_in_place_behind_our_back_is_refused() -> None:

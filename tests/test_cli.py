@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbkernels import cli
-from fbkernels import train as job
+from fbkernels.lab import cli
+from fbkernels.lab import train as job
 
 TIMES = ("seconds", "images_per_second")
 SMALL = ("--epochs", "2", "--train-images", "300", "--threads", "1")
@@ -152,7 +152,7 @@ def test_kill_9_loses_what_came_after_the_last_checkpoint(tmp_path: Path) -> Non
     """A checkpoint after every step, and killed at three moments, in the middle of writing one for all we know."""
     job_of = ["--epochs", "4", "--compare", "", "--train-images", "600", "--threads", "1"]
     out, rng = tmp_path / "parts", random.Random(0)
-    code = "import sys, fbkernels.train as t, fbkernels.cli as c; t.SAVE_EVERY = 0.0; sys.exit(c.main(sys.argv[1:]))"
+    code = "import sys, fbkernels.lab.train as t, fbkernels.lab.cli as c; t.SAVE_EVERY = 0.0; sys.exit(c.main(sys.argv[1:]))"
     for how in ([*job_of, "--out", str(out)], ["--resume", str(out)], ["--resume", str(out)]):
         before = (out / "checkpoint.pt").stat().st_mtime_ns if out.exists() else 0
         process = subprocess.Popen([sys.executable, "-P", "-c", code, "train", *how], stderr=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels.convert import _Peak
+from fbkernels.summary import _Peak
 
 
 def cnn() -> nn.Sequential:
@@ -78,23 +78,18 @@ def test_a_models_own_hooks_keep_running() -> None:
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_in_eval_the_modules_are_the_plain_ones(feedback: str) -> None:
-    seen: list[bool] = []
+    """And in training: a converted layer has no hook of ours, and a user's hook sees plain tensors."""
+    seen: list[type] = []
     net = fb.convert(cnn(), feedback=feedback)
-    net[5].register_forward_hook(lambda m, args, h: seen.append(getattr(h, "pending", None) is not None))
-    hooks = lambda n: {k: [*m._forward_pre_hooks, *m._forward_hooks] for k, m in n.named_modules()}  # noqa: E731
-    plain, training = hooks(cnn()), hooks(net)
+    assert not any((*m._forward_pre_hooks, *m._forward_hooks) for m in net.modules())
+    net[5].register_forward_hook(lambda m, args, h: seen.append(type(h)))
     for other in (net, copy.deepcopy(net)):
         seen.clear()
-        own = list(other.eval()[5]._forward_hooks)
-        assert len(own) == 1 and {k: v for k, v in hooks(other).items() if k not in ("", "5") and "feedback" not in k} == {
-            k: v for k, v in plain.items() if k not in ("", "5")
-        }
-        other(X)
-        assert hooks(other.train()) == training
+        other.eval()(X)
+        other.train()
         other[0].eval()  # frozen, alone
-        assert hooks(other) == training
         train(other)
-        assert seen == [False, True]  # the user's hook still runs after the point's
+        assert seen == [Tensor, Tensor]
 
 
 def test_a_part_that_keeps_train_to_itself() -> None:
@@ -394,7 +389,7 @@ def test_empty_and_single_batches() -> None:
 
 
 METHODS = [(rule, feedback) for rule in (fb.Ridge(), fb.LMS(0.1), fb.Joint(0.1), fb.Joint(0.1, "output")) for feedback in rule.structures]
-METHODS += [(fb.WeightMirror(0.1), "layerwise"), (fb.KolenPollack(0.1), "layerwise"), (fb.Fixed(), "direct")]
+METHODS += [(fb.WeightMirror(), "layerwise"), (fb.KolenPollack(0.1), "layerwise"), (fb.Fixed(), "direct")]
 
 
 @pytest.mark.parametrize(("rule", "feedback"), METHODS, ids=str)
@@ -405,8 +400,11 @@ def test_summary_predicts_what_a_step_makes(rule: fb.Rule, feedback: str) -> Non
     before = {name: t.clone() for name, t in net.state_dict().items()}
     predicted = fb.summary(net, x)
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items()) and net.state_dict().keys() == before.keys()
+    placed = copy.deepcopy(net)
+    placed(x)  # records
     with _Peak() as memory:
         real = copy.deepcopy(net)
+        real.feedback.adopt(placed.feedback)
         z = real(x)
         fb.PerturbedLoss(lambda z, y: z.square().flatten(1).sum(1), real)(z, z.detach()).sum().backward()
         fb.flush(real)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fbkernels import data
+from fbkernels.lab import data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were published")
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fbkernels as fb
 from fbkernels import reference
-from fbkernels.models import paper_cnn
+from fbkernels.lab.models import paper_cnn
 
 CL = torch.channels_last
 DROPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,8 +66,8 @@ def test_with_the_output_weight_as_b_it_is_backprop(drop: str, backend: str, dty
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     criterion(net(x), y)
     (point,) = fb.points(net).values()
-    assert point.shape == (4, *([3, 3] if "pooling" in drop else [6, 6]))
-    point.B = reference.units(model.out.weight.detach().view(5, *point.shape), True).T
+    assert point.layout.shape == (4, *([3, 3] if "pooling" in drop else [6, 6]))
+    point.B = reference.units(model.out.weight.detach().view(5, *point.layout.shape), True).T
 
     torch.manual_seed(1)
     loss = criterion(net(x), y)
@@ -177,13 +177,24 @@ def test_layerwise_with_the_weight_as_b_is_backprop() -> None:
         torch.testing.assert_close(got.grad, want.grad)
 
 
-def test_an_activity_with_and_without_its_mask_is_refused() -> None:
+def test_an_activity_with_and_without_its_mask_has_its_point_before_it() -> None:
     class Both(Dropped):
         def forward(self, x: Tensor) -> Tensor:
             h = torch.tanh(self.conv(x))
             return self.out((F.dropout(h, 0.5) + h).flatten(1))
 
-    model = Both(nn.Identity())
-    model(torch.randn(2, 2, 6, 6))
-    with pytest.raises(ValueError, match=r"layer 'conv' is used twice in one forward; .* points="):
-        fb.convert(model)(torch.randn(2, 2, 6, 6))
+    # the expectation of the output's change, over noise at the point, is that of the activity that both read
+    model, sigma = Both(nn.Identity()).double(), 1e-3
+    net = fb.convert(model, rule=fb.LMS(0.1), noise_std=sigma)
+    x, seen = torch.randn(2, 2, 6, 6, dtype=torch.float64), []
+    net.out.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    torch.manual_seed(0)
+    out = net(x)
+    (point,) = fb.points(net).values()
+    xi = point.noise(net.feedback.step, 2, torch.float64, 0).contiguous()
+    torch.manual_seed(0)
+    h = torch.tanh(model.conv(x))
+    torch.testing.assert_close(seen[-1], (F.dropout(h, 0.5) + h).flatten(1))
+    torch.manual_seed(0)
+    want = model.out((F.dropout(h + xi, 0.5) + h + xi).flatten(1)) - out
+    torch.testing.assert_close(net.feedback.current.changes[0], want.detach(), rtol=0, atol=1e-12)

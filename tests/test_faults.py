@@ -28,10 +28,10 @@ from test_cli import same, same_results
 from torch import nn
 
 import fbkernels as fb
-from fbkernels import cli, files
-from fbkernels import train as job
-from fbkernels.bench.reproduce import driver, fig2
-from fbkernels.bench.reproduce.driver import Watch
+from fbkernels.lab import cli, files
+from fbkernels.lab import train as job
+from fbkernels.lab.paper import driver, fig2
+from fbkernels.lab.paper.driver import Watch
 
 SMALL = ("--epochs", "2", "--train-images", "300", "--threads", "1", "--compare", "")
 RULES = [
@@ -125,7 +125,7 @@ def test_diverging_train_job(tmp_path: Path) -> None:
 
 KILLER = """
 import os, random, signal, sys, time
-from fbkernels import cli, train
+from fbkernels.lab import cli, train
 train.SAVE_EVERY = 0.0
 out, seed, *options = sys.argv[1:]
 rng, kills, longest = random.Random(seed), 0, 0.1

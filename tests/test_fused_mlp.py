@@ -323,7 +323,7 @@ def test_ridge_finds_the_weights_of_a_linear_network() -> None:
 
 @pytest.mark.parametrize(("rule", "feedback"), METHODS, ids=names)
 def test_learns_digits(rule: fb.Rule, feedback: str) -> None:
-    from fbkernels.data import load
+    from fbkernels.lab.data import load
 
     data = load("digits")
     x, test = (data.to_float(t).flatten(1).contiguous() for t in (data.train_x, data.test_x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fbkernels as fb
-from fbkernels import feedback as owner
+from fbkernels.training import network as owner
 
 STEPS, BATCH = 7, 9
 DATA = torch.randn(STEPS, BATCH, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
@@ -54,7 +54,7 @@ def captured(
     before = {k: t.clone() for k, t in tensors(net).items()}
     with monkeypatch.context() as m:
         m.setattr(owner, "capturing", lambda _: True)
-        m.setattr(owner.Feedback, "warn", lambda _: None)  # which looks at the count of skipped samples on a CPU alone
+        m.setattr(owner.Network, "warn", lambda _: None)  # which looks at the count of skipped samples on a CPU alone
         graph = make_fx(step)(DATA[0], TARGETS[0])
     with torch.no_grad():
         for k, t in tensors(net).items():

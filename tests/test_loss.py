@@ -17,7 +17,7 @@ from poison import one_warning
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels.feedback import Feedback
+from fbkernels.training.network import Network
 
 K = 5
 
@@ -610,8 +610,8 @@ def test_both_streams_have_one_scale(criterion: nn.Module) -> None:
     net = fb.convert(mlp().double(), rule=fb.Ridge(), noise_std=1e-3, fraction=0.5)
     target = torch.where(torch.arange(8) < 3, -100, Y)
     logits = net(X.double())
-    net.feedback.perturbed = logits.detach()[:4]
+    net.feedback.current.changes[0] = torch.zeros(4, logits.shape[1], dtype=logits.dtype)
     loss_change = []
-    net.feedback.measure = lambda e, dL, *rest: loss_change.append(dL) or Feedback.measure(net.feedback, e, dL, *rest)
+    net.feedback.measure = lambda step, e, dL, *rest: loss_change.append(dL) or Network.measure(net.feedback, step, e, dL, *rest)
     fb.PerturbedLoss(criterion, net)(logits, target)
     assert not loss_change[0].any()

@@ -10,9 +10,9 @@ import torch
 from test_cli import interrupt, metrics, same_results
 from torch import nn
 
-from fbkernels import cli, models
-from fbkernels import train as job
-from fbkernels.data import crop_and_flip, draw_crops
+from fbkernels.lab import cli, models
+from fbkernels.lab import train as job
+from fbkernels.lab.data import crop_and_flip, draw_crops
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*were published")
 SHORT = {"epochs": 2, "batch_size": 32, "validation": 20, "threads": 1}
@@ -38,7 +38,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, width in (("paper_cnn", 0.05), ("resnet20", 8), ("resnet18", 8), ("wrn16_4", 2)):  # fewer crash torch: see weight_gradient
+    for name, width in (("paper_cnn", 0.05), ("resnet20", 8), ("resnet18", 8), ("wrn16_4", 2)):  # fewer channels crash torch: layers.py
         monkeypatch.setitem(models.MODELS, name, partial(getattr(models, name), width=width))
 
 
@@ -66,10 +66,12 @@ def test_what_is_given_comes_first() -> None:
     assert job.recipe(model="resnet20", optimizer="adam", lr=0.5).lr == 0.5
     assert job.recipe() == job.Settings()
     s = job.recipe(model="resnet20", feedback="direct", rule="joint")
-    assert (s.share, job.build(s, "joint", 0, (1, 8, 8), 10)[0].feedback.share) == (4, 4)
-    assert job.build(s, "weight-mirror", 0, (1, 8, 8), 10)[0].feedback.share == 1
+    assert (s.share, job.build(s, "joint", 0, (1, 8, 8), 10)[0].feedback.settings.share) == (4, 4)
+    assert job.build(s, "weight-mirror", 0, (1, 8, 8), 10)[0].feedback.settings.share == 1
     s = job.recipe(model="paper_cnn", rank=3)
-    ranked = {m: job.build(s, m, 0, (1, 8, 8), 10)[0].feedback.rank for m in ("joint", "dfa", "weight-mirror", "node-perturbation")}
+    ranked = {
+        m: job.build(s, m, 0, (1, 8, 8), 10)[0].feedback.settings.rank for m in ("joint", "dfa", "weight-mirror", "node-perturbation")
+    }
     assert ranked == {"joint": 3, "dfa": 3, "weight-mirror": None, "node-perturbation": None}
     s = job.recipe(model="resnet20")  # digits
     assert (s.augment, s.validation) == (False, 0)

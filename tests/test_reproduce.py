@@ -14,10 +14,10 @@ from experiments import fail, few, images, watch
 from torch import nn
 
 import fbkernels as fb
-from fbkernels import cli
-from fbkernels.bench.reproduce import EXPERIMENTS, autoencoder, cifar, driver, fig2, fixed_w, noise_search, reproduce, scaling
-from fbkernels.bench.reproduce.driver import Experiment, Interrupted
-from fbkernels.bench.reproduce.mlp import MLP, BiasUnit, Fused, HalfSquaredError, Modules, TF1Adam, WithoutResidual
+from fbkernels.lab import cli
+from fbkernels.lab.paper import EXPERIMENTS, autoencoder, cifar, driver, fig2, fixed_w, noise_search, reproduce, scaling
+from fbkernels.lab.paper.driver import Experiment, Interrupted
+from fbkernels.lab.paper.mlp import MLP, BiasUnit, Fused, HalfSquaredError, Modules, TF1Adam, WithoutResidual
 
 
 def colour(data_dir: str = "", device: str = "cpu") -> cifar.Images:
@@ -127,7 +127,7 @@ def test_published_pairing() -> None:
     fb.flush(net)
     before = {name: point.B.clone() for name, point in points.items()}
     seen: list[fb.Measurement] = []
-    rule = next(iter(points.values())).net.rule
+    rule = next(iter(points.values())).shared.settings.rule
     learn = rule.learn
     rule.learn = lambda point, m: (seen.append(m), learn(point, m))[1]
     criterion(net(x), y).backward()

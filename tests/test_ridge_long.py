@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fbkernels as fb
 from fbkernels import ops
-from fbkernels.data import load
+from fbkernels.lab.data import load
 
 STEPS, BATCH, STD, GAMMA = 100_000, 32, 0.05, 0.1
 REAL = os.environ.get("FBK_DATA_DIR")

@@ -1,6 +1,6 @@
 """The operators behind ``torch.ops.fbkernels``: each is a file with its schema, its check and its backends."""
 
-from fbkernels.ops._op import backend_of, backends, build_info, choose, fuses, native, table
+from fbkernels.ops._op import BACKENDS, backend_of, backends, build_info, choose, emulating, fuses, interpreting, native, table
 from fbkernels.ops.feedback import op as feedback
 from fbkernels.ops.feedback_update import op as feedback_update
 from fbkernels.ops.mirror import op as mirror
@@ -15,14 +15,17 @@ from fbkernels.ops.ridge_gain import op as ridge_gain
 from fbkernels.ops.unpool import op as unpool
 
 __all__ = [
+    "BACKENDS",
     "KINDS",
     "backend_of",
     "backends",
     "build_info",
     "choose",
+    "emulating",
     "feedback",
     "feedback_update",
     "fuses",
+    "interpreting",
     "mirror",
     "native",
     "noise",

@@ -41,9 +41,6 @@ def build_info() -> dict[str, Any]:
     return C.build_info()  # type: ignore[no-any-return]
 
 
-BUILD = build_info()  # Dynamo cannot trace the call
-
-
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels on the CPU: for tests, a thousand times slower."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -51,11 +48,12 @@ def interpreting() -> bool:
 
 def emulating() -> bool:
     """Whether the CUDA kernels are compiled for the CPU: for tests, a thousand times slower."""
-    return BUILD.get("nvcc") == "emulated"
+    return build_info().get("nvcc") == "emulated"
 
 
 def backends() -> dict[str, str]:
     """Each backend with ``"available"``, or what is missing for it here."""
+    build = build_info()
     if not TRITON:
         triton = "not installed: `pip install triton`"
     elif interpreting():
@@ -64,14 +62,14 @@ def backends() -> dict[str, str]:
         triton = "installed, but torch sees no CUDA device"
     else:
         triton = _for_gpus_from(80) or "available"
-    if not BUILD["cuda"]:
-        cuda = f"not compiled in ({BUILD['cuda_off']}): install the CUDA toolkit and run `FBK_CUDA=1 pip install .`"
+    if not build["cuda"]:
+        cuda = f"not compiled in ({build['cuda_off']}): install the CUDA toolkit and run `FBK_CUDA=1 pip install .`"
     elif emulating():
         cuda = "available on the CPU, emulated, for tests"
     elif not torch.cuda.is_available():
         cuda = "compiled in, but torch sees no CUDA device"
     else:
-        lowest = min(int(arch.rstrip("af")) for arch in BUILD["cuda_archs"].split(";"))
+        lowest = min(int(arch.rstrip("af")) for arch in build["cuda_archs"].split(";"))
         cuda = _for_gpus_from(lowest) or "available for float32"
     return {"reference": "available", "cpp": "available", "triton": triton, "cuda": cuda}
 
@@ -84,7 +82,6 @@ def _for_gpus_from(arch: int) -> str:
     return f"for GPUs from compute capability {arch // 10}.{arch % 10} on, this one has {'.'.join(map(str, capability))}"
 
 
-@constant  # Dynamo traces into a cached function
 @functools.cache
 def native(device: str) -> tuple[str, ...]:
     """The backends for tensors on a device, the best first."""
@@ -95,6 +92,7 @@ def native(device: str) -> tuple[str, ...]:
     return (*found, "reference", *tested)
 
 
+@constant  # Dynamo traces into a cached function
 def choose(backend: str, device: torch.device) -> str:
     """The backend for tensors on ``device``; ``RuntimeError`` where one is asked for by name and cannot be had."""
     usable: tuple[str, ...] = native(device.type)

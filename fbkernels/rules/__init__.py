@@ -1,5 +1,8 @@
 """How B is learned: one small file a rule. A rule of your own subclasses ``Rule`` and is passed as an instance; nothing else changes."""
 
+from collections.abc import Callable
+from functools import partial
+
 from fbkernels.rules.base import Measurement, Rule
 from fbkernels.rules.fixed import Fixed
 from fbkernels.rules.joint import Joint
@@ -28,3 +31,20 @@ __all__ = [
     "WeightMirror",
     "WeightTransport",
 ]
+
+# names on the command line, with the settings that a rule has no default for
+RULES: dict[str, Callable[..., Rule]] = {
+    "ridge": Ridge,
+    "lms": partial(LMS, lr=0.005),
+    "nlms": partial(NormalizedLMS, lr=0.005),
+    "joint": Joint,
+    "joint-loss": partial(Joint, signal="loss"),
+    "joint-output": partial(Joint, signal="output"),
+    "weight-mirror": WeightMirror,
+    "fixed": Fixed,
+    "kolen-pollack": partial(KolenPollack, decay=1e-3),
+    "synthetic": partial(SyntheticGradient, lr=0.005),
+    "sign-symmetric": SignSymmetric,
+    "weight-transport": WeightTransport,
+    "node-perturbation": NodePerturbation,
+}

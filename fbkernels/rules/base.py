@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
-    from fbkernels.processes import Part
+    from fbkernels.training.point import FeedbackPoint
+    from fbkernels.training.processes import Part
 
 Gain = Tensor | tuple[Tensor, Tensor] | None
 
@@ -32,8 +33,6 @@ class Measurement:
     ok: Tensor | None = None  # [N] bool: the samples whose losses are finite; the others are zero above
     # layerwise, by point: error of the layer that reads it, filled by the backward pass, with the loss's scale
     errors: dict[str, Tensor] = field(default_factory=dict)
-    # layerwise, by point: p - h at that layer's input, and what it did to its pre-activation
-    changes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     scale: Tensor | None = None  # [N] dloss/dL_n, known after the backward pass: 1/N of a mean, an AMP loss scale
     prediction: Tensor | float = 0.0  # joint rules: sum_l Xi_l B_l [N, K] in direct, predicted dL [N] in layerwise
     gains: tuple[Gain, Tensor] | None = None
@@ -106,7 +105,7 @@ class Rule:
     perturbs = True  # needs the perturbed stream
     predicts = False  # needs the prediction Xi B of this step (joint rules)
     regresses = True  # on regressors r: gets its gains from update
-    mirrors = False  # needs what the perturbation did to the next layer's input and pre-activation
+    mirrors = False  # layerwise: B learns from W's answers to noise of its own, see ``reflect``
     supervised = False  # needs the true gradient
     private = False  # gives every point its gradient itself
     follows = False  # reads W
@@ -136,6 +135,13 @@ class Rule:
     def feedback(self, point: FeedbackPoint) -> Tensor | None:
         """The point's current B."""
         return point.state.get("B")
+
+    def settle(self, point: FeedbackPoint) -> None:
+        """Before a layerwise B is used for the first time."""
+
+    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor) -> None:
+        """``mirrors``: learn the B of all layers, at the end of a training step's forward."""
+        raise NotImplementedError
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:
         """``private`` rules: dL/dh_l itself, in the layout of the activity."""

@@ -11,7 +11,7 @@ from fbkernels._check import in_interval
 from fbkernels.rules.base import Rule, random_start
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
+    from fbkernels.training.point import FeedbackPoint
 
 
 class KolenPollack(Rule):

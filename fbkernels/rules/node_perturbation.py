@@ -9,7 +9,7 @@ from torch import Tensor
 from fbkernels.rules.base import Measurement, Rule
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
+    from fbkernels.training.point import FeedbackPoint
 
 
 class NodePerturbation(Rule):

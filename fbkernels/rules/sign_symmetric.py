@@ -9,7 +9,7 @@ from torch import Tensor
 from fbkernels.rules.weight_transport import WeightTransport
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
+    from fbkernels.training.point import FeedbackPoint
 
 
 class SignSymmetric(WeightTransport):

@@ -11,7 +11,7 @@ from fbkernels.rules.base import Gain, Measurement
 from fbkernels.rules.lms import LMS
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
+    from fbkernels.training.point import FeedbackPoint
 
 
 class SyntheticGradient(LMS):

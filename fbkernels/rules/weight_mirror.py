@@ -1,53 +1,84 @@
-"""Weight mirror with the noise that is already there (SPEC 4, "Layerwise, exact")."""
+"""Weight mirror: a layer's answers to noise of its own (SPEC 4, "Layerwise, exact: the local mirror")."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fbkernels._check import in_interval
-from fbkernels.rules.base import Measurement, Rule
+from fbkernels import ops
+from fbkernels._check import integer
+from fbkernels.rules.base import Rule
 
 if TYPE_CHECKING:
-    from fbkernels.points import FeedbackPoint
+    from fbkernels.training.point import FeedbackPoint
+
+SETTLED = 0.0025  # |W - B|^2 / |W|^2: 2.9 degrees
 
 
 class WeightMirror(Rule):
-    """Regress what the perturbation did to the next layer's pre-activation on what it did to its input (Akrout et al. 2019).
+    """B learns W from the layer's answers to noise (Akrout et al. 2019), with nothing to tune: ``Z = Xi W^T`` to S samples of Rademacher
+    noise of the layer's own fan-in n, ``B <- B + Xi^T (Z - Xi B) / (S + n - 1)``.
 
-    ``dz = z~ - z = W (p - h) = W dh``, so the local rule ``B^T <- B^T + eta (dz - B^T dh)^T dh`` converges to W. Exception to the
-    form: it needs no loss, and regresses on dh instead of xi. ``eta = lr / (power / n + power / S)`` with ``power = sum |dh|^2`` over S
-    samples (positions) and n inputs a sample, an estimate of the largest eigenvalue of ``dh^T dh``: lr is the fraction of the gap closed in
-    a step where S >> n. Layerwise only.
+    By that E|W - B|^2 falls to (n - 1) / (S + n - 1) a step, to zero, since the answer has no noise. It needs no loss, no batch and no
+    second stream. B is zero at the start, and mirrored before its first use until it knows W to three degrees (at most ``cap`` times the
+    samples that theory needs for that). Every process computes the same B from the same counters, and sends nothing. Layerwise only.
 
     Args:
-        lr: in (0, 1].
+        samples: S, answers a layer and step.
 
     Raises:
-        ValueError: lr outside (0, 1].
+        TypeError, ValueError: samples is no integer >= 1.
     """
 
     structures = ("layerwise",)
+    perturbs = False
     regresses = False
     mirrors = True
 
-    def __init__(self, lr: float = 0.1) -> None:
-        self.lr = in_interval("lr", lr, 0, 1, open_low=True)
+    def __init__(self, samples: int = 512) -> None:
+        self.samples = integer("samples", samples, 1)
 
-    def learn(self, point: FeedbackPoint, m: Measurement) -> None:
-        assert point.connection is not None
-        B, c = point.state["B"], point.connection
-        dh, dz = (t.to(B.dtype) for t in m.changes[point.name])
-        finite = torch.isfinite(dh).flatten(1).all(1) & torch.isfinite(dz).flatten(1).all(1)
-        dh, dz = (torch.where(finite.view(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in (dh, dz))
-        weight = B if c.convolution else B.T
-        residual = dz - c.forward(dh, weight, None)
-        gradient = m.sum(c.weight_gradient(residual, dh, weight))
-        inputs = weight[0].numel()
-        samples = dz.numel() // len(weight)
-        power = m.sum(dh.square().sum()) * (samples * inputs / dh.numel() * c.groups if c.convolution else 1)
-        samples = samples // m.rows * m.batch
-        eta = self.lr / (power / inputs + power / samples)
-        step = torch.where(torch.isfinite(eta) & torch.isfinite(gradient).all(), eta, 0.0) * torch.nan_to_num(gradient)
-        point.state["B"] = (B + (step if c.convolution else step.T)).contiguous()
+    def settle(self, point: FeedbackPoint) -> None:
+        B, W = self._pair(point)
+        n, left = B[:1].numel(), 1.0
+        step = torch.full((), 2**32 - 1, dtype=torch.int64, device=B.device)  # a step that training does not reach
+        offset, draws = 0, 4
+        needed = 2 * 6 * (n + 1 + self.samples) // self.samples + 8  # e^-6 is SETTLED: twice that
+        while left > SETTLED and needed > 0:
+            (B,), residual = ops.mirror([B], [W], step, *self._key(point), draws=draws, offset=offset, **self._how(point))
+            if B.is_meta:  # one turn shows the memory that they all take
+                break
+            left, offset, needed = float(residual), offset + draws * self.samples, needed - draws
+        self._store(point, B)
+
+    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor) -> None:
+        pairs = [self._pair(point) for point in points]
+        seed, _, samples, kind = self._key(points[0])
+        new, _ = ops.mirror(
+            [B for B, _ in pairs], [W for _, W in pairs], step, seed, [p.index for p in points], samples, kind, **self._how(points[0])
+        )
+        for point, B in zip(points, new, strict=True):
+            self._store(point, B)
+
+    def _key(self, point: FeedbackPoint) -> tuple[int, list[int], int, str]:
+        settings = point.network.settings
+        return settings.seed, [point.index], self.samples, "rademacher"
+
+    def _how(self, point: FeedbackPoint) -> dict[str, str]:
+        return {"backend": point.network.settings.backend}
+
+    def _pair(self, point: FeedbackPoint) -> tuple[Tensor, Tensor]:
+        """B and W, a row for each output."""
+        assert point.connection is not None and point.weight is not None
+        B, W = point.state["B"], point.weight.detach()
+        answers = point.connection.answers
+        return answers(B if point.connection.convolution else B.T), answers(W).to(B.dtype)
+
+    def _store(self, point: FeedbackPoint, B: Tensor) -> None:
+        assert point.connection is not None and point.weight is not None
+        B, before = point.connection.unanswers(B, point.weight.shape), point.state["B"]
+        point.store(B if point.connection.convolution else B.T)
+        point.check(before)

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Results
-from fbkernels.train import spread
+from fbkernels.lab.paper.driver import Results
+from fbkernels.lab.train import spread
 
 
 def panels(rows: int, columns: int, xlabel: str) -> tuple[Figure, list[list[Axes]]]:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fbkernels as fb
-from fbkernels import train
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, Watch, by_method, seed_count, short, text
-from fbkernels.bench.reproduce.mlp import Noise, TF1Adam
-from fbkernels.bench.reproduce.panels import line, panels
-from fbkernels.data import load
-from fbkernels.models import paper_cnn
+from fbkernels import rules
+from fbkernels.lab.data import load
+from fbkernels.lab.models import paper_cnn
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, Watch, by_method, seed_count, short, text
+from fbkernels.lab.paper.mlp import Noise, TF1Adam
+from fbkernels.lab.paper.panels import line, panels
 
 BATCH = 128
 HELD_OUT = 5_000
@@ -92,7 +92,7 @@ class Mask(nn.Module):
         return F.dropout(x, 0.5, self.training) * (0.5 if self.training else 1.0)
 
 
-RULES: dict[str, Callable[..., fb.Rule]] = train.RULES | {"published": PublishedPairing}
+RULES: dict[str, Callable[..., fb.Rule]] = rules.RULES | {"published": PublishedPairing}
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class CNN:
                     record["layers"] = [{"angle": short(row["angle"])} for row in fb.metrics.alignment(net, criterion, x, y).values()]
                 records.append(record)
             at = {"records": records, "step": step + 1, "seconds": seconds, "total": total}
-            watch(step + 1, lambda at=at: {**at, "net": net.state_dict(), "optimizer": optimizer.state_dict()})
+            watch(step + 1, lambda at=at: {**at, "net": net.state_dict(), "optimizer": optimizer.state_dict()})  # type: ignore[misc]
         return {"records": records, "seconds": seconds}
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import bars, panels
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
+from fbkernels.lab.paper.mlp import MLP
+from fbkernels.lab.paper.panels import bars, panels
 
 STEPS = {"smoke": 200, "short": 5_000, "full": 500_000}
 DRAWS = {"smoke": 2, "short": 20, "full": 20}
 # log-uniform, the authors' for the autoencoder (PAPER 3.3)
 SPACE = {"noise_std": (1e-4, 1e-1), "lr": (1e-6, 1e-3), "B_lr": (1e-6, 1e-3)}
-RIDGE: dict[str, object] = {"rule": "ridge", "rule_args": {"gamma": 0.1}, "noise_std": 0.01}
-DIRECT: dict[str, object] = {"feedback": "direct", "noise_std": 0.01}
+RIDGE: dict[str, Any] = {"rule": "ridge", "rule_args": {"gamma": 0.1}, "noise_std": 0.01}
+DIRECT: dict[str, Any] = {"feedback": "direct", "noise_std": 0.01}
 
 
-def settings() -> dict[str, dict[str, dict[str, object]]]:
+def settings() -> dict[str, dict[str, dict[str, Any]]]:
     """Method -> value -> how it is trained: one setting at a time."""
     return {
         "sigma": {f"{v:g}": RIDGE | {"noise_std": v} for v in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)},

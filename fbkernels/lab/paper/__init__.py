@@ -1,11 +1,11 @@
 """The paper's figures and tables: ``fbkernels reproduce``."""
 
-from fbkernels.bench.reproduce import autoencoder, cifar
-from fbkernels.bench.reproduce.driver import SCALES, Experiment, reproduce
-from fbkernels.bench.reproduce.fig2 import FIG2
-from fbkernels.bench.reproduce.fixed_w import FIXED_W
-from fbkernels.bench.reproduce.noise_search import NOISE_SEARCH
-from fbkernels.bench.reproduce.scaling import SCALING
+from fbkernels.lab.paper import autoencoder, cifar
+from fbkernels.lab.paper.driver import SCALES, Experiment, reproduce
+from fbkernels.lab.paper.fig2 import FIG2
+from fbkernels.lab.paper.fixed_w import FIXED_W
+from fbkernels.lab.paper.noise_search import NOISE_SEARCH
+from fbkernels.lab.paper.scaling import SCALING
 
 EXPERIMENTS: dict[str, Experiment] = {
     "fig2": FIG2,

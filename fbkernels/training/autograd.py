@@ -12,63 +12,69 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbkernels import ops, reference
-from fbkernels.reference import Connection, layout, units
-from fbkernels.streams import Norm
+from fbkernels.layers import Connection
+from fbkernels.layout import Layout
+from fbkernels.stream.chain import Norm
 
 
 class Deliver(torch.autograd.Function):
-    """Per-sample losses whose backward hands c e to the logits and c r B_l^T to each h_l, c the loss's own weight of a sample (SPEC 3).
+    """Losses whose backward hands c e to the outputs and c r B_l^T to each h_l, c the weight of a loss in what is differentiated (SPEC 3).
 
-    r is e, or with ``basis`` C [outputs, m] e C. ``feedback`` holds a B_l [units, m] for each activity, and ``layouts`` how units lie in it
-    (the last arguments of ``reference.layout``); or with ``given`` the gradients dL/dh_l themselves. A fused block gets
-    ``(c r B_l^T) * phi'``.
+    losses [N], or one for each row of the first output; e: dL/doutput in the shape of each output; r [N, m] is e of all outputs side by
+    side, or with ``basis`` C [outputs, m] e C. ``feedback`` holds a B_l [units, m] for each activity; or with ``given`` the gradients
+    dL/dh_l themselves. A fused block gets ``(c r B_l^T) * phi'``. ``layouts``: of the outputs and the activities.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         losses: Tensor,
-        e: Tensor,
+        e: tuple[Tensor, ...],
         basis: Tensor | None,
         feedback: tuple[Tensor, ...],
         blocks: tuple[tuple[Behind, Tensor, Tensor | None] | None, ...],
-        layouts: tuple[tuple[bool | None, int], ...],
+        layouts: tuple[Layout, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
         anchor: Tensor | None,
-        logits: Tensor,
-        *activities: Tensor,
+        *ends: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(e, basis, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
+        ctx.save_for_backward(basis, *e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
         ctx.behind = [None if block is None else block[0] for block in blocks]
-        ctx.given, ctx.record, ctx.layouts = given, record, layouts
-        ctx.like = [(h.shape, h.dtype) for h in (logits, *activities)]
+        ctx.outputs, ctx.given, ctx.record, ctx.layouts = len(e), given, record, layouts
+        ctx.like = [(h.shape, h.dtype) for h in ends]
         return losses.clone()
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
             raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
-        e, basis, *rest = ctx.saved_tensors
+        basis, *rest = ctx.saved_tensors
+        e, rest = rest[: ctx.outputs], rest[ctx.outputs :]
         feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
+        grads, sides = [], []
+        for t, layout, (shape, dtype) in zip(e, ctx.layouts, ctx.like, strict=False):
+            if layout.plain or len(c) != len(t):
+                n = len(c)
+                side = c.to(t.dtype)[:, None] * layout.units_of(t, n)
+                grads.append(layout.activity(side).view(shape).to(dtype))
+            else:
+                ce = c.to(t.dtype).view(-1, *[1] * (t.ndim - 1)) * t
+                side = layout.units_of(ce, len(ce) // layout.copies)
+                grads.append(ce.view(shape).to(dtype))
+            sides.append(side)
+        ce = sides[0] if len(sides) == 1 else torch.cat(sides, 1)
         if ctx.record is not None:
             ctx.record(c)
-        (shape, dtype), *like = ctx.like
-        ce = c.to(e.dtype)[:, None] * e
-        grads = [ce.view(shape).to(dtype)]
         cr = ce if basis is None else ce @ basis.to(ce.dtype)
-        for F, behind, (first, share), (shape, dtype) in zip(feedback, ctx.behind, ctx.layouts, like, strict=True):
+        layouts, like = ctx.layouts[ctx.outputs :], ctx.like[ctx.outputs :]
+        for F, behind, layout, (shape, dtype) in zip(feedback, ctx.behind, layouts, like, strict=True):
             if behind is not None:
                 grads.append(behind.deliver(cr, F, next(kept), next(kept)))
-                continue
-            if ctx.given:
-                g = F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1))
-            else:  # what places share is their sum's: each gets the mean
-                g = cr.to(F.dtype) @ F.T
-                if share > 1:
-                    g = g / units(g.new_ones(1, *shape[1:]), first, share)
-                g = layout(g, shape, first, share)
-            grads.append(g.to(dtype))
+            elif ctx.given:
+                grads.append((F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1))).to(dtype))
+            else:
+                grads.append(layout.activity(layout.mean(cr.to(F.dtype) @ F.T)).view(shape).to(dtype))
         return *(None,) * 9, *grads
 
 
@@ -249,7 +255,14 @@ class Transport(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, B: Tensor, connection: Connection, name: str, errors: dict[str, Tensor]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        B: Tensor,
+        connection: Connection,
+        name: str,
+        errors: dict[str, Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
         ctx.connection, ctx.name, ctx.errors = connection, name, errors
@@ -260,11 +273,12 @@ class Transport(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> Any:
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
-        ctx.errors[ctx.name] = delta
+        if ctx.errors is not None:
+            ctx.errors[ctx.name] = delta
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
         grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None
         grad_weight = connection.weight_gradient(delta, x_like, weight.to(delta.dtype)).to(weight.dtype) if need_weight else None
-        outputs = 1 if connection.convolution else delta.ndim - 1
+        outputs = delta.ndim - 1 - len(connection.kernel) if connection.convolution else delta.ndim - 1
         grad_bias = delta.sum([d for d in range(delta.ndim) if d != outputs]).to(weight.dtype) if need_bias else None
         return grad_x, grad_weight, grad_bias, None, None, None, None

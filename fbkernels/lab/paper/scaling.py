@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import bars, panels
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
+from fbkernels.lab.paper.mlp import MLP
+from fbkernels.lab.paper.panels import bars, panels
 
 STEPS = {"smoke": 200, "short": 5_000, "full": 100_000}
 DEPTHS = (2, 3, 4, 6, 8, 10)  # layers of weights, hidden ones of 64 units
 WIDTHS = (30, 100, 300, 1000, 3000)  # of the first hidden layer, as in the paper's appendix; 50 units follow
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, dict[str, Any]] = {
     "backprop": {"rule": "weight-transport"},
     "feedback alignment": {"rule": "fixed"},
     "direct feedback alignment": {"rule": "fixed", "feedback": "direct"},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import bars, line, panels
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
+from fbkernels.lab.paper.mlp import MLP
+from fbkernels.lab.paper.panels import bars, line, panels
 
 LENGTHS = {"smoke": (500, 250), "short": (5_000, 250), "full": (1_000_000, 5_000)}
 # printed by the authors' notebooks: the least test loss per batch of 32 over epochs, its mean over 3 seeds (DAE: 10) and error (PAPER 3.3)
@@ -30,7 +31,7 @@ NOISY = ("backprop, noise", "Adam, noise", "matching, noise", "denoising")  # th
 FIG3 = ("backprop", "Adam", "feedback alignment", "learned")
 
 
-def settings(published: bool) -> dict[str, dict[str, object]]:
+def settings(published: bool) -> dict[str, dict[str, Any]]:
     """As published: what the authors' code ran, where learned, synthetic and matching have 50 hidden units in the place of 200, backprop
     and FA an lr that was not searched for, and noise has std 0.1. As described in the paper: 200 units, lr by search, noise of 0.02; but
     for backprop, of which theirs, 3.7e-4, puts out all output units in the first ten steps here."""
@@ -90,7 +91,7 @@ def losses(results: Results) -> dict[str, Figure]:
     figure, axes = panels(1, 2, "step")
     for i, (method, runs) in enumerate(by_method(results).items()):
         for ax, key in zip(axes[0], ("train_loss", "test_loss"), strict=True):
-            line(ax, method, i, runs, lambda record, key=key: record[key])
+            line(ax, method, i, runs, lambda record, key=key: record[key])  # type: ignore[misc]
             ax.set_ylabel(f"{key.replace('_', ' ')} per batch of 32")
     axes[0][1].legend(fontsize="x-small")
     return {"losses": figure}

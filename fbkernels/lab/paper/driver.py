@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from fbkernels import files
-from fbkernels.data import load
-from fbkernels.train import hardware, number, spread, versions
+from fbkernels.lab import files
+from fbkernels.lab.data import load
+from fbkernels.lab.train import hardware, number, spread, versions
 
 SCALES = ("smoke", "short", "full")
 SAVE_EVERY = 60.0  # seconds between two checkpoints of a job

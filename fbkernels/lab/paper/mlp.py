@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import train
-from fbkernels.bench.reproduce.driver import Data, Watch, short
+from fbkernels import rules
+from fbkernels.lab.paper.driver import Data, Watch, short
 from fbkernels.rules.joint import floored_power
 
 
@@ -37,7 +37,7 @@ class WithoutResidual(fb.Joint):
         return scale * M, scale / m.std**2 * G
 
 
-RULES: dict[str, Callable[..., fb.Rule]] = train.RULES | {"without-residual": WithoutResidual}
+RULES: dict[str, Callable[..., fb.Rule]] = rules.RULES | {"without-residual": WithoutResidual}
 FUSED = ("ridge", "lms", "joint", "fixed", "weight-transport")
 ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 # the work of a step in forward passes, with layerwise feedback: clean and perturbed stream, gradients of activities and of weights
@@ -105,7 +105,7 @@ class MLP:
             seconds += time.perf_counter() - begin
             records.append({"step": step + len(losses), "train_loss": short(float(losses.mean())), **self.score(net, data)})
             at = {"records": records, "seconds": seconds}
-            watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})
+            watch(records[-1]["step"], lambda at=at: {**at, "net": net.state_dict()})  # type: ignore[misc]
         return {"records": records, "seconds": seconds} | (self.draw(net.model(), data) if self.pictures else {})
 
     @torch.no_grad()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP
-from fbkernels.bench.reproduce.panels import line, of_layer, panels
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
+from fbkernels.lab.paper.mlp import MLP
+from fbkernels.lab.paper.panels import line, of_layer, panels
 
 SIGMAS = (1e-3, 1e-2, 1e-1)
 WIDTHS = (30, 100, 300, 1000)
@@ -28,10 +29,10 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
     """Warm-up throughout, so that only B learns; joint, our rule, beside the paper's."""
     steps, every = LENGTHS[scale]
     ridge = {"rule": "ridge", "rule_args": {"gamma": 0.1}}
-    methods: dict[str, dict[str, object]] = {f"sigma {sigma:g}": ridge | {"noise_std": sigma} for sigma in SIGMAS}
+    methods: dict[str, dict[str, Any]] = {f"sigma {sigma:g}": ridge | {"noise_std": sigma} for sigma in SIGMAS}
     methods |= {f"width {n}": ridge | {"sizes": (784, n, 50, 10)} for n in WIDTHS}
     methods |= {"joint": {"rule": "joint", "rule_args": {"lr": 0.2}}} if not faithful else {}
-    theirs = {"bias_units": True, "weight_seed": 0} if faithful else {}
+    theirs: dict[str, Any] = {"bias_units": True, "weight_seed": 0} if faithful else {}
     return [MLP(method, seed, steps, every, warmup=steps, **options, **theirs) for seed in seeds for method, options in methods.items()]
 
 

@@ -20,11 +20,11 @@ from rich.table import Table
 
 import fbkernels as fb
 from fbkernels import ops
-from fbkernels import train as job
 from fbkernels._check import integer, one_of
-from fbkernels.bench.reproduce import EXPERIMENTS, SCALES, reproduce
-from fbkernels.data import NAMES
-from fbkernels.models import MODELS
+from fbkernels.lab import train as job
+from fbkernels.lab.data import NAMES
+from fbkernels.lab.models import MODELS
+from fbkernels.lab.paper import EXPERIMENTS, SCALES, reproduce
 
 __all__ = ["main"]
 

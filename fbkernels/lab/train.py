@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 import fbkernels as fb
-from fbkernels import files
 from fbkernels._check import in_interval, integer, one_of, positive
-from fbkernels.data import NAMES, crop_and_flip, draw_crops, load
-from fbkernels.models import MODELS, block_points
-from fbkernels.plot import curves
+from fbkernels.lab import files
+from fbkernels.lab.data import NAMES, crop_and_flip, draw_crops, load
+from fbkernels.lab.models import MODELS, block_points
+from fbkernels.lab.plot import curves
+from fbkernels.rules import RULES
 
 __all__ = [
     "METHODS",
     "RECIPES",
-    "RULES",
     "Progress",
     "Settings",
     "build",
@@ -51,21 +51,6 @@ HELD_OUT = 128  # images never trained on, the batch that angles are measured on
 SAVE_EVERY = 60.0  # seconds between two checkpoints, at most: what a kill -9 loses
 VALIDATION = 5000  # of CIFAR's 50,000 training images
 
-RULES: dict[str, Callable[..., fb.Rule]] = {
-    "ridge": fb.Ridge,
-    "lms": partial(fb.LMS, lr=0.005),
-    "nlms": partial(fb.NormalizedLMS, lr=0.005),
-    "joint": fb.Joint,
-    "joint-loss": partial(fb.Joint, signal="loss"),
-    "joint-output": partial(fb.Joint, signal="output"),
-    "weight-mirror": fb.WeightMirror,
-    "fixed": fb.Fixed,
-    "kolen-pollack": partial(fb.KolenPollack, decay=1e-3),
-    "synthetic": partial(fb.SyntheticGradient, lr=0.005),
-    "sign-symmetric": fb.SignSymmetric,
-    "weight-transport": fb.WeightTransport,
-    "node-perturbation": fb.NodePerturbation,
-}
 METHODS = (*RULES, "backprop", "fa", "dfa")
 OPTIMIZERS: dict[str, tuple[float, Callable[..., torch.optim.Optimizer]]] = {
     "adam": (1e-3, torch.optim.AdamW),  # with weight_decay=0 it is Adam

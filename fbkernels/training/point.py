@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fbkernels import ops, reference
-from fbkernels.autograd import Behind, Block, Epilogue
-from fbkernels.reference import Connection
+from fbkernels.layers import Connection
+from fbkernels.layout import Layout
 from fbkernels.rules.base import Gain, Measurement, Rule
-from fbkernels.streams import Carry, Deferred, Streams, connect, defer, outside, resolve, streams, twin
 
 if TYPE_CHECKING:
-    from fbkernels.feedback import Feedback
+    from fbkernels.training.network import Network
+
+Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements between a point and the layer that reads it, by name
 
 
 class Stateful(nn.Module):
@@ -63,6 +64,9 @@ class Stateful(nn.Module):
                 continue
             if prefix + name in unexpected:
                 unexpected.remove(prefix + name)
+            if metadata.get("assign_to_params_buffers", False):
+                self.state[name] = given.detach()
+                continue
             if name not in self.state or self.state[name].shape != given.shape:
                 self.state[name] = torch.empty_like(given, device=self.home())
             self.state[name].copy_(given)
@@ -84,17 +88,17 @@ class FeedbackPoint(Stateful):
         self.index = -1
         self.converted = False  # put there by convert, and taken away by revert
         self.reads = ""  # the layer whose input this is; else the point is behind its own layer
-        self._net: tuple[Feedback, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
-        self.shape: torch.Size | None = None  # of the activity, without the batch
-        self.channels_first: bool | None = None  # whether a convolution made it; None: not known
+        self._network: tuple[Network, ...] = ()  # a tuple, so that nn.Module does not register the owner as a child
+        self.layout: Layout | None = None  # of the activity, once it has been seen
+        self.maps: bool | None = None  # whether a convolution makes the activity; None: not known
         self.connection: Connection | None = None  # layerwise: how the next layer reads this point
         self._weight: tuple[Tensor, ...] = ()  # layerwise: the next layer's weight; a tuple, as above
         self.carry: Carry = ()  # layerwise: rearrangements between the point and the next layer
         self.pending: Measurement | None = None
 
     @property
-    def net(self) -> Feedback:
-        return self._net[0]
+    def network(self) -> Network:
+        return self._network[0]
 
     @property
     def weight(self) -> Tensor | None:
@@ -103,10 +107,7 @@ class FeedbackPoint(Stateful):
     @property
     def units(self) -> int:
         """n_l, the number of noisy units; places of a map that share their noise are one."""
-        if self.shape is None:
-            return 0
-        shares = self.net.share > 1 and reference.is_map(len(self.shape) + 1, self.channels_first)
-        return math.prod(reference.patches(self.shape, self.net.share) if shares else self.shape)
+        return 0 if self.layout is None else self.layout.units
 
     @property
     def B(self) -> Tensor | None:
@@ -115,15 +116,15 @@ class FeedbackPoint(Stateful):
         ``direct``: units x outputs. With ``convert(rank=r)`` units x r: a layer gets ``(e C) B^T``, C being ``basis``, and ``B C^T`` is
         the units x outputs of that. ``layerwise``: the transposed shape of the next layer's weight, for a convolution its shape.
         """
-        if not self._net:
+        if not self._network:
             return None
-        self.net.flush()
-        return self.net.rule.feedback(self)
+        self.network.flush()
+        return self.network.settings.rule.feedback(self)
 
     @property
     def basis(self) -> Tensor | None:
         """C [outputs, rank], float64, orthonormal columns: what e is multiplied with before B; None without ``rank`` or before a step."""
-        return self.net.state.get("C") if self._net else None
+        return self.network.state.get("C") if self._network else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "B":  # nn.Module would write the buffer past every check
@@ -132,7 +133,7 @@ class FeedbackPoint(Stateful):
             super().__setattr__(name, value)
 
     def _assign(self, value: Any) -> None:
-        if not self._net:
+        if not self._network:
             raise ValueError(f"B of point {self.name!r} cannot be set: the point is not part of a converted network")
         old = self.B
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -150,128 +151,40 @@ class FeedbackPoint(Stateful):
 
     def store(self, B: Tensor) -> None:
         """The new B: another tensor, since a backward pass to come has saved the old, except where a CUDA graph knows the old."""
-        if self.net.static:
+        if self.network.static:
             self.state["B"].copy_(B)
         else:
             self.state["B"] = B
 
+    def check(self, before: Tensor) -> None:
+        """After an update of B: the old one, where the new has overflowed. On a GPU, in direct, the gains alone are looked at."""
+        B, settings = self.state["B"], self.network.settings
+        if B.is_cpu and not self.network.static and not torch.compiler.is_compiling():
+            if not math.isfinite(float(B.sum())):
+                self.store(before)
+                self.network.overflowed(self.name)
+        elif settings.layerwise or settings.rule.supervised:
+            self.store(torch.where(torch.isfinite(B.sum()), B, before))
+
     def forward(self, h: Tensor) -> Tensor:
-        return self.perturb(h) if isinstance(h, Streams) and self._net else h
+        return self.passed(h) if self._network and self.network.running else h
+
+    def passed(self, h: Tensor) -> Tensor:
+        """The point runs, in the forward that records or trains."""
+        run = self.network.running[0]
+        out: Tensor = run.point(self.name, h) if hasattr(run, "calls") else run.pass_point(self.name, self.maps, h)
+        return out
 
     def extra_repr(self) -> str:
-        return f"{self.name!r}, index={self.index}" if self._net else "not converted"
-
-    def attach(self, layer: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a converted layer: the noise goes in after the layer's normalisation, activation, pooling and dropout."""
-        if not isinstance(output, Streams):
-            return None
-        if output.deferred is not None:
-            return defer(self.net, output.deferred, self)
-        return streams(self.net, output.clean, output.perturbed, pending=self)
-
-    def enter(self, layer: nn.Module, args: Any) -> None:
-        """Forward pre-hook of a layer whose input this is."""
-        self.net.reader = (self,)
+        return f"{self.name!r}, index={self.index}" if self._network else "not converted"
 
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a module named in ``points=``: the noise goes in right after it."""
-        return self.perturb(output) if isinstance(output, Streams) else None
-
-    def perturb(self, s: Streams) -> Streams:
-        net = self.net
-        if net.layerwise:  # the layer that reads it puts the noise in
-            resolve(s).check()
-            if self.name not in net.points or not net.running:
-                return streams(net, net.cut(s.clean), s.perturbed)
-            net.visit(self, s.clean)
-            self.shape = s.clean.shape[1:]
-            return streams(net, net.cut(s.clean), s.perturbed, source=(self, ()))
-        net.number(self)
-        predicts = net.running and net.perturbing and net.rule.predicts
-        block = None if s.deferred is None else self.block(s.deferred, predicts)
-        if block is not None:
-            h, perturbed = block
-            return streams(net, net.cut(h), perturbed, source=(self, ()))
-        resolve(s).check()
-        h, perturbed = s.clean, s.perturbed
-        if not net.running:
-            return streams(net, net.cut(h), None, source=(self, ()))
-        net.visit(self, h)
-        self.shape = h.shape[1:]
-        prediction = self.flush(net.perturbed_rows if predicts else 0)
-        if prediction is not None:
-            net.predictions.append(prediction)
-        if net.perturbing:
-            xi = self.noise(net.step, net.perturbed_rows, h.dtype, net.first)
-            perturbed = twin(s) + (torch.cat((xi, -xi)) if net.antithetic else xi)
-        return streams(net, net.cut(h), perturbed, source=(self, ()))
-
-    def block(self, deferred: Deferred, predicts: bool) -> tuple[Tensor, Tensor | None] | None:
-        """The layer, its norm, activation and pooling, the noise, and B's pending update in one pass (SPEC 5); None where what was
-        deferred is of another form."""
-        net, source, calls = self.net, deferred.source, deferred.calls
-        if net.share > 1 and source.clean.ndim == 4:
-            return None
-        layer, x, weight, bias = None, source.clean, None, None
-        constant = net.constant if net.warming else (lambda t: t)
-        if len(calls) > len(deferred.parts):
-            _, name, args, kwargs = calls[0]
-            weight, bias, layer, _ = connect(name, x, args, kwargs)
-            weight, bias = constant(weight), constant(bias)
-        kinds = [part[0] for part in deferred.parts]
-        if len(set(kinds)) < len(kinds) or (x.ndim == 2 and "pool" in kinds):
-            return None
-        named = {part[0]: part[1:] for part in deferred.parts}
-        if named.get("pool", ("",))[0] == "avg" and torch.compiler.is_compiling():  # Block's backward differentiates it
-            return None
-        (norm,) = named.pop("norm", (None,))
-        epilogue = Epilogue(
-            named.get("activation", ("identity",))[0], next(iter(named), "") == "pool", *named.get("pool", Epilogue.no_pool)
-        )
-        rows = net.perturbed_rows if net.perturbing and net.running else 0
-        dx = source.perturbed - net.rows(source.clean.detach()) if rows and source.perturbed is not None else None
-        if layer is not None and deferred.autocast is not None:
-            low = lambda t: None if t is None else t.to(deferred.autocast)  # noqa: E731
-            x, weight, bias, dx = x.to(deferred.autocast), low(weight), low(bias), low(dx)
-        gain = offset = None
-        if norm is not None:
-            assert layer is not None and weight is not None
-            if not norm.fits(x.dtype, len(weight), len(x) * math.prod(layer.size_behind(weight))):
-                return None
-            gain, offset = (None if t is None else constant(t).float() for t in (norm.weight, norm.bias))
-        key = (net.step, net.seed, self.index, rows, net.noise_std, net.noise)
-        chosen = ops.choose(net.backend, net.step.device)
-        size: Sequence[int] = x.shape[2:]
-        if layer is not None and weight is not None and layer.convolution:
-            if not weight.is_contiguous() or x.is_contiguous():  # else x is what a block before made of it
-                net.rows_first = weight.is_contiguous()
-            x, weight = x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)
-            size = layer.size_behind(weight)
-        behind = Behind(epilogue.derivative, chosen, size, epilogue.window)
-        options = {"antithetic": net.antithetic, "offset": net.first, "backend": chosen, **(self.riding(predicts) if net.running else {})}
-        with outside(deferred.hooks):
-            h, d, kept, winner, new, prediction = Block.apply(
-                x, weight, bias, dx, gain, offset, norm, layer, epilogue, key, options, behind
-            )
-        if not net.running:
-            return h, None
-        net.visit(self, h)
-        self.shape = h.shape[1:]
-        if new.numel():
-            self.pending = None
-            self.store(new)
-        if prediction.numel():
-            net.predictions.append(prediction)
-        # Dynamo traces no backward pass that leaves something behind
-        unpools = epilogue.pool == "max" and chosen == "triton" and not torch.compiler.is_compiling()
-        kept = kept if kept.numel() else h.detach()
-        behind.version = 0 if torch.compiler.is_compiling() else kept._version
-        net.blocks[self.name] = (behind, kept, winner if unpools else None)
-        return h, net.rows(h.detach()) + d if rows else None
+        return self.passed(output) if isinstance(output, Tensor) and self.network.running else None
 
     def riding(self, predicts: bool) -> dict[str, Any]:
         """B's pending update and the joint rules' prediction, as arguments of the launch that runs the layer (SPEC 5)."""
-        m, rule = self.pending, self.net.rule
+        m, rule = self.pending, self.network.settings.rule
         if m is not None and (type(rule).learn is not Rule.learn or m.gains is None):
             self.flush()
             m = None
@@ -283,38 +196,40 @@ class FeedbackPoint(Stateful):
             update |= {"learned_step": m.step, **({"R": M[0], "Q": M[1], "w": G} if isinstance(M, tuple) else {"M": M, "G": G})}
         return update
 
-    def noise(self, step: Tensor, rows: int, dtype: torch.dtype, first: int) -> Tensor:
-        """The step's noise xi_l from row ``first`` on, in the layout of the activity; regenerated, never stored."""
-        assert self.shape is not None
-        return reference.layout(self._noise(step, rows, dtype, first), (rows, *self.shape), self.channels_first, self.net.share).to(dtype)
+    def noise(self, step: Tensor, rows: int, dtype: torch.dtype, offset: int) -> Tensor:
+        """The step's noise xi_l from row ``offset`` on, in the layout of the activity; regenerated, never stored."""
+        assert self.layout is not None
+        return self.layout.activity(self._noise(step, rows, dtype, offset)).to(dtype)
 
-    def _noise(self, step: Tensor, rows: int, dtype: torch.dtype, first: int) -> Tensor:
+    def _noise(self, step: Tensor, rows: int, dtype: torch.dtype, offset: int) -> Tensor:
         """Samples x units."""
-        net = self.net
+        settings = self.network.settings
         exact = dtype if dtype == torch.float64 else torch.float32
-        key = (step, net.seed, self.index, rows, self.units, net.noise_std, net.noise)
-        return ops.noise(*key, offset=first, dtype=exact, backend=net.backend)
+        key = (step, settings.seed, self.index, rows, self.units, settings.noise_std, settings.noise)
+        return ops.noise(*key, offset=offset, dtype=exact, backend=settings.backend)
 
     def create(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """B at its first use, as the rule starts it."""
         if "B" not in self.state:
             dtype = torch.promote_types(like.dtype, torch.float32)
             last = torch.full((), 2**32 - 1, dtype=torch.int64, device=like.device)  # a step that training does not reach
-            normal = ops.noise(last, self.net.seed, self.index, shape[0], math.prod(shape[1:]), 1.0, "gaussian", dtype=dtype)
-            self.state["B"] = self.net.rule.start(normal.view(shape), self.net.layerwise)
+            normal = ops.noise(last, self.network.settings.seed, self.index, shape[0], math.prod(shape[1:]), 1.0, "gaussian", dtype=dtype)
+            self.state["B"] = self.network.settings.rule.start(normal.view(shape), self.network.settings.layerwise)
         B = self.state["B"]
         if B.shape != shape:
             raise ValueError(f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}: is this another network's?")
         return B
 
-    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor | None:
-        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight; None: backprop."""
+    def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
+        """Layerwise: the next layer announces itself and gets its feedback weights, in the layout of its own weight."""
         self._weight, self.connection, self.carry = (weight,), connection, carry
-        if not self.net.transports:
-            return None
-        if self.net.rule.learned:
-            self.create(weight.shape if connection.convolution else weight.shape[::-1], weight.detach())
-        B = self.net.rule.feedback(self)
+        rule, new = self.network.settings.rule, "B" not in self.state
+        if rule.learned:
+            self.create(tuple(weight.shape if connection.convolution else weight.shape[::-1]), weight.detach())
+            if new:
+                with torch.no_grad():
+                    rule.settle(self)
+        B = self.network.settings.rule.feedback(self)
         assert B is not None
         return B if connection.convolution else B.T
 
@@ -324,29 +239,28 @@ class FeedbackPoint(Stateful):
         With ``predicted_rows`` also the joint rules' prediction Xi B for the step that begins, if there is a B.
         """
         m, self.pending = self.pending, None
-        rule, prediction, before = self.net.rule, None, self.state.get("B")
+        rule, prediction, before = self.network.settings.rule, None, self.state.get("B")
         with torch.no_grad():
             if m is not None and type(rule).learn is Rule.learn and m.gains is not None:
                 prediction = self.update(m, *m.gains, predicted_rows=predicted_rows)
             elif m is not None:
                 rule.learn(self, m)
-            # in direct the gains alone tell whether B overflows, see feedback.finite
-            if m is not None and before is not None and (self.net.layerwise or rule.supervised):
-                B = self.state["B"]
-                self.store(torch.where(torch.isfinite(B.sum()), B, before))
+            if m is not None and before is not None:
+                self.check(before)
             rule.feedback(self)  # which catches up with W where B follows it
             if predicted_rows and prediction is None and "B" in self.state:
                 B = self.state["B"]
-                prediction = self._op(B, *[None] * 6, self.net.step, predicted_rows)[1]
+                prediction = self._op(B, *[None] * 6, self.network.step, predicted_rows)[1]
         return prediction
 
     def update(self, m: Measurement, M: Gain, G: Tensor, target: Tensor | None = None, predicted_rows: int = 0) -> Tensor | None:
         """B <- B (I - M) + Xi^T G, Xi regenerated from the step of the measurement (SPEC 4), or ``target`` in its place."""
         B = self.state["B"]
-        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry and m.part is None  # G or w
+        plain = self.layout is None or self.layout.plain
+        whole = len(B) == self.units and len(G) == m.rows and B.ndim == 2 and not self.carry and m.part is None and plain  # G or w
         if target is None and whole:
             given = (None, None, *M, G) if isinstance(M, tuple) else (M, G, None, None, None)
-            predicted = self.net.step if predicted_rows else None
+            predicted = self.network.step if predicted_rows else None
             new, prediction = self._op(B, *given, m.step, predicted, predicted_rows)
             self.store(new)
             return prediction if predicted_rows else None
@@ -359,9 +273,17 @@ class FeedbackPoint(Stateful):
 
     def _op(self, B: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         """ops.feedback_update with the point's own noise; the last of ``args`` is the number of predicted rows."""
-        net = self.net
+        settings = self.network.settings
         out: tuple[Tensor, Tensor] = ops.feedback_update(
-            B, *args[:-1], net.seed, self.index, args[-1], net.noise_std, net.noise, offset=net.first, backend=net.backend
+            B,
+            *args[:-1],
+            settings.seed,
+            self.index,
+            args[-1],
+            settings.noise_std,
+            settings.noise,
+            offset=self.network.offset,
+            backend=settings.backend,
         )
         return out
 
@@ -370,22 +292,38 @@ class FeedbackPoint(Stateful):
         if self.connection is None:
             if target is None:
                 return self._noise(m.step, m.rows, dtype, m.first).to(dtype)
-            return reference.units(target.to(dtype), self.channels_first, self.net.share)
+            assert self.layout is not None
+            return self.layout.units_of(target.to(dtype), m.rows)
         xi = self.noise(m.step, m.rows, dtype, m.first) if target is None else target.to(dtype)
         for name, rearrange in self.carry:
             xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
-        return self.connection.samples(xi)
+        xi = self.connection.samples(xi)
+        plain = self.connection.convolution or self.layout is None or self.layout.plain
+        return xi if plain else xi[self.owners(m.rows)[1]]
+
+    def owners(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Whose each row is that the layer reads, and the order that puts a sample's rows together."""
+        assert self.layout is not None and self.connection is not None
+        index = torch.arange(samples, device=self.network.step.device)
+        if self.connection.convolution:
+            who = index.repeat_interleave(self.layout.copies)
+            return who, torch.arange(len(who), device=who.device)
+        who = self.layout.activity(index[:, None].expand(-1, self.layout.units).double())
+        for _, rearrange in self.carry:
+            who = rearrange(who)
+        who = self.connection.samples(who)[:, 0].long()
+        return who, who.argsort(stable=True)
 
     def regressors(self, delta: Tensor) -> Tensor:
         """R at the point's own positions: padding before a convolution sends the error of its copies back to where they came from."""
-        assert self.connection is not None and self.shape is not None
+        assert self.connection is not None and self.layout is not None
         if not self.connection.convolution:
             return self.connection.samples(delta)
         patches = self.connection.patches(delta)
         pads = [pad for name, pad in self.carry if name == "pad"]
         if pads:
             with torch.enable_grad():
-                x = patches.new_zeros(*patches.shape[:2], *self.shape[1:], requires_grad=True)
+                x = patches.new_zeros(*patches.shape[:2], *self.layout.shape[1:], requires_grad=True)
                 y = x
                 for pad in pads:
                     y = pad(y)
@@ -393,25 +331,35 @@ class FeedbackPoint(Stateful):
         return self.connection.samples(patches)
 
     def names(self) -> tuple[str, ...]:
-        if not self._net:
+        if not self._network:
             return ()
-        rule = self.net.rule
-        return ("B",) * rule.learned + rule.statistics * self.net.layerwise
+        rule = self.network.settings.rule
+        return ("B",) * rule.learned + rule.statistics * self.network.settings.layerwise
 
     def home(self) -> torch.device:
-        return self.net.step.device
+        return self.network.step.device
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        if not (self._net and self.net.static):
+        if not (self._network and self.network.static):
             self.pending = None
         super()._load_from_state_dict(*args)
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        if self._net:
-            self.net.flush()
+        if self._network:
+            self.network.flush()
         super()._save_to_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._net:
-            self.net.flush()
-        return {**self.__dict__, "carry": ()}
+        if self._network:
+            self.network.flush()
+        return {**self.__dict__, "carry": (), "_weight": ()}
+
+
+class Entered:
+    """Forward pre-hook of a layer that computes its weight, by which it cannot be told then: the next layer that runs is this one."""
+
+    def __init__(self, network: Network, name: str) -> None:
+        self.network, self.name = (network,), name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.network[0].entered = self.name

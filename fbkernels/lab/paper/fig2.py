@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from fbkernels.bench.reproduce.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
-from fbkernels.bench.reproduce.mlp import MLP, cost
-from fbkernels.bench.reproduce.panels import line, of_layer, panels
+from fbkernels.lab.paper.driver import Experiment, Results, Rows, by_method, mnist, seed_count, text
+from fbkernels.lab.paper.mlp import MLP, cost
+from fbkernels.lab.paper.panels import line, of_layer, panels
 
 SIGMAS = (1e-4, 1e-3, 1e-2, 1e-1)
 # steps, and steps between two records
@@ -23,7 +24,7 @@ LAYER = {
     "authors_angle": "angle of B r to W r (degrees)",
     "sign_congruence": "signs in agreement",
 }
-BASELINES: dict[str, dict[str, object]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "matching": {"rule": "kolen-pollack", "rule_args": {"decay": 0.0}},
     "Kolen-Pollack": {"rule": "kolen-pollack", "rule_args": {"decay": 1e-6}},
     "weight mirror": {"rule": "weight-mirror"},
@@ -39,8 +40,8 @@ def jobs(scale: str, seeds: Sequence[int], faithful: bool) -> list[MLP]:
     """The paper's lines, then what the library's other rules give."""
     steps, every = LENGTHS[scale]
     # the authors' bias units, and weights that are the same in each run
-    theirs = {"bias_units": True, "weight_seed": 0} if faithful else {}
-    methods: dict[str, dict[str, object]] = {}
+    theirs: dict[str, Any] = {"bias_units": True, "weight_seed": 0} if faithful else {}
+    methods: dict[str, dict[str, Any]] = {}
     for sigma in SIGMAS:
         warmup = min(1_000, steps // 10)
         methods[f"learned {sigma:g}"] = {"rule": "ridge", "rule_args": {"gamma": 0.1}, "noise_std": sigma, "warmup": warmup}

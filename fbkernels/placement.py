@@ -1,0 +1,367 @@
+"""Where the points of a network are: found once, by recording the calls of one forward; plain data from then on."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fbkernels.layout import Rows
+from fbkernels.stream.chain import Chain, fusible
+from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, in_place, kind_of, name_of
+
+
+@dataclass(eq=False)
+class Placement:
+    """What a recording has shown. ``layers``: by name and by how often the layer ran before, the chain from it to its point, None for an
+    output layer and for one whose input depends on no sample. ``reads``: layerwise, likewise, the point whose activity it reads, or ""."""
+
+    layers: dict[tuple[str, int], Chain | None] = field(default_factory=dict)
+    reads: dict[tuple[str, int], str] = field(default_factory=dict)
+    points: tuple[str, ...] = ()  # in the order in which they run
+    names: dict[int, str] = field(default_factory=dict)  # of layers by the identity of their weight
+    weights: tuple[Tensor, ...] = ()  # which are kept, so that no identity is used again
+    random: frozenset[Any] = frozenset()  # functions that draw random numbers
+    argument: int = 0  # which of the tensors that go in has the batch
+    batch: Rows = field(default_factory=Rows)
+    rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
+    outputs: tuple[Rows | None, ...] = ()
+    settled: bool = False  # more than one sample has shown the rows
+    checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
+    own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
+
+    @property
+    def plain(self) -> bool:
+        """Whether the batch comes first everywhere."""
+        return all(r is not None and r.plain for r in (self.batch, *self.rows.values(), *self.outputs))
+
+    def join(self, earlier: Placement) -> None:
+        """Keep what an earlier recording showed of layers that this one did not run."""
+        known = set(self.names.values())
+        self.layers = {k: c for k, c in earlier.layers.items() if k[0] in known} | self.layers
+        self.reads = {k: p for k, p in earlier.reads.items() if k[0] in known} | self.reads
+        left = {c.point for c in self.layers.values() if c is not None} | set(self.reads.values()) | set(self.points)
+        self.points = (*(p for p in earlier.points if p in left), *(p for p in self.points if p not in earlier.points))
+        self.random |= earlier.random
+
+
+@dataclass(eq=False)
+class Call:
+    func: Any
+    ins: list[int]
+    outs: list[int]
+    layer: tuple[str, int] | None = None
+    group: bool = False  # may stand between a layer and its point
+    weighted: bool = False  # reads a tensor of the model's own
+    own: bool = False  # carries an error through parameters of its own
+    random: bool = False
+    point: str = ""
+
+
+class Recorder(TorchFunctionMode):
+    """The calls of a forward with the values that they take and give, a number each."""
+
+    def __init__(self, network: Any, names: Mapping[int, str], inputs: list[Tensor]) -> None:
+        super().__init__()
+        self.network, self.names, self.count = network, names, 0
+        self.calls: list[Call] = []
+        self.ran: collections.Counter[str] = collections.Counter()
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.inputs = [self.value(t) for t in inputs]
+        self.checkpoints = False
+
+    def checkpoint(self, fn: Any) -> Any:
+        """What torch.utils.checkpoint runs."""
+        self.checkpoints = True
+        return fn
+
+    def value(self, t: Tensor) -> int:
+        self.count += 1
+        t._fb_value = (id(self), self.count)  # type: ignore[attr-defined]
+        self.shapes[self.count] = tuple(t.shape)
+        return self.count
+
+    def known(self, t: Any) -> int | None:
+        given = getattr(t, "_fb_value", None)
+        return given[1] if given is not None and given[0] == id(self) else None
+
+    def layer(self, weight: Any) -> tuple[str, int]:
+        name = self.names.get(id(weight)) or self.network.entered or "layer"
+        self.network.entered = ""
+        self.ran[name] += 1
+        return name, self.ran[name] - 1
+
+    def point(self, name: str, h: Tensor) -> Tensor:
+        """A point that the model names itself."""
+        with torch._C.DisableTorchFunction():
+            out = h.view_as(h)
+        known = self.known(h)
+        if known is not None:
+            self.calls.append(Call(None, [known], [self.value(out)], point=name))
+        return out
+
+    def custom(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> Any:
+        """A custom autograd.Function."""
+        if cls.__name__ == "CheckpointFunction":
+            raise ValueError("what torch.utils.checkpoint runs would get no learned gradient: it needs use_reentrant=False")
+        with torch._C.DisableTorchFunction():
+            out = plain(*args, **kwargs)
+        ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
+        if ins:
+            outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
+            self.calls.append(Call(cls, ins, outs, group=cls.__name__ == "BackwardHookFunction"))
+        return out
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs, kind, name = kwargs or {}, kind_of(func), name_of(func)
+        if kind in ("metadata", "gradient"):
+            return func(*args, **kwargs)
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        ins = [] if kind == "made" else [v for t in tensors if (v := self.known(t)) is not None]
+        before = torch.get_rng_state() if kind != "look" else None
+        out = func(*args, **kwargs)
+        if kind == "look":
+            self.calls.append(Call(func, ins, []))
+            return out
+        drawn = before is not None and not torch.equal(before, torch.get_rng_state())
+        if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
+            raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
+        call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
+        call.own = name in OWN_WEIGHTS and any(t.requires_grad and self.known(t) is None for t in tensors)
+        results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        written = in_place(name, args, kwargs)
+        if ins and not (written and tensors and self.known(tensors[0]) is None and _lives(tensors[0])):
+            call.outs = [self.value(t) for t in results]
+        first = args[0] if args else kwargs.get("input")
+        if kind == "layer" and self.known_before(first, ins):
+            call.layer = self.layer(args[1] if len(args) > 1 else kwargs["weight"])
+        call.group = name.removesuffix("_") in GROUP or _mask(name, args, ins)
+        self.calls.append(call)
+        return out
+
+    def first_input(self) -> int:
+        """Which of the tensors that went in the first layer depends on."""
+        made = {v: c for c in self.calls for v in c.outs}
+        for c in self.calls:
+            if c.layer is None:
+                continue
+            todo, seen = [c.ins[0]], set[int]()
+            while todo:
+                v = todo.pop()
+                if v in self.inputs and self.shapes[v]:
+                    return self.inputs.index(v)
+                if v not in seen:
+                    seen.add(v)
+                    todo += reversed(made[v].ins) if v in made else []
+        return next((i for i, v in enumerate(self.inputs) if self.shapes[v]), 0)
+
+    def known_before(self, t: Any, ins: list[int]) -> bool:
+        return bool(ins) and isinstance(t, Tensor) and self.known(t) == ins[0]
+
+
+def _lives(t: Tensor) -> bool:
+    """What a forward writes and that was there before it: a buffer."""
+    return t.is_leaf
+
+
+def _mask(name: str, args: tuple[Any, ...], ins: list[int]) -> bool:
+    """A constant for each sample, as DropPath multiplies with."""
+    if name.strip("_") not in ("mul", "rmul") or len(args) < 2 or len(ins) != 1:
+        return False
+    x, mask = args[0], args[1]
+    return type(mask) is Tensor and not mask.requires_grad and mask.ndim == x.ndim and mask.numel() == len(mask)
+
+
+def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:
+    """The name of the layer that each parameter is the weight of: its module's, or the parameter's own where that is called otherwise."""
+    found: dict[int, str] = {}
+    kept: list[Tensor] = []
+    for module_name, module in net.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in found:
+                path = f"{module_name}.{name}" if module_name else name
+                found[id(p)] = module_name if name == "weight" and module_name else path
+                kept.append(p)
+    return found, tuple(kept)
+
+
+def place(
+    recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool
+) -> Placement:
+    """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
+    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
+    graph = _Graph(recorder, outputs)
+    placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random), checkpoints=recorder.checkpoints)
+    ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
+    for i, c in enumerate(recorder.calls):
+        if c.layer is None:
+            continue
+        placement.layers[c.layer] = None
+        if c.outs[0] not in graph.live or c.outs[0] in graph.bare:
+            continue
+        chain, last = _chain(c, graph, found)
+        if chain is None or (found and not hidden(c.layer[0])):
+            continue
+        if c.layer[1]:
+            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+        placement.layers[c.layer] = chain
+        ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
+    for i, c in enumerate(recorder.calls):
+        if c.point and c.outs[0] in graph.live:
+            if c.outs[0] not in graph.weighted:
+                raise ValueError(
+                    f"layer {c.point!r} is the network's output, which is never perturbed: pass points=[...] to convert, with the names of "
+                    "the hidden layers"
+                )
+            if c.outs[0] in ends:
+                continue
+            ends[c.outs[0]] = (i, Chain("", c.point, (), (), None, explicit=True))
+    if layerwise:
+        return _reads(recorder, graph, placement, ends, found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer), alone)
+    names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
+    placement.points = tuple(names)
+    return placement
+
+
+class _Graph:
+    """Who reads what. ``live``: values that the output depends on; ``bare``: that reach it through no layer; ``weighted``: that a layer or
+    a tensor of the model's own reads on the way."""
+
+    def __init__(self, recorder: Recorder, outputs: list[Tensor]) -> None:
+        self.ends = {v for t in outputs if (v := recorder.known(t)) is not None}
+        self.made = {v: c for c in recorder.calls for v in c.outs}
+        self.live: set[int] = set()
+        todo = list(self.ends)
+        while todo:
+            v = todo.pop()
+            if v not in self.live:
+                self.live.add(v)
+                todo += self.made[v].ins if v in self.made else []
+        running = [c for c in recorder.calls if any(v in self.live for v in c.outs)]
+        self.readers: dict[int, list[Call]] = collections.defaultdict(list)
+        self.seen: collections.Counter[int] = collections.Counter(v for c in recorder.calls for v in set(c.ins))
+        self.bare, self.weighted, self.above = set(self.ends), set[int](), set[int]()
+        for c in running:
+            for v in c.ins:
+                self.readers[v].append(c)
+            if c.layer is not None or any(v in self.above for v in c.ins):
+                self.above.update(c.outs)  # behind a layer
+        for c in reversed(running):
+            if c.layer is None and any(v in self.bare for v in c.outs):
+                self.bare.update(c.ins)
+            if c.weighted or any(v in self.weighted for v in c.outs):
+                self.weighted.update(c.ins)
+
+
+def _chain(c: Call, graph: _Graph, found: bool) -> tuple[Chain | None, Call]:
+    """From a layer to its point: the last norm, activation, pooling or dropout while one call that the output depends on reads each."""
+    assert c.layer is not None
+    calls, last = [c], c
+    while len(last.outs) == 1 and last.outs[0] not in graph.ends and len(graph.readers[last.outs[0]]) == 1:
+        (following,) = graph.readers[last.outs[0]]
+        if following.point:
+            names = [name_of(k.func) for k in calls]
+            alone = [graph.seen[k.outs[0]] == 1 for k in calls]
+            return _made(c, following.point, calls, fusible(names, alone), explicit=True), following
+        own = following.ins == last.outs and len(following.outs) == 1 and following.outs[0] not in graph.bare
+        if not following.group or following.layer is not None or not own:
+            break
+        calls.append(following)
+        last = following
+    if not found:
+        return None, last
+    names = [name_of(k.func) for k in calls]
+    return _made(c, c.layer[0], calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
+
+
+def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], explicit: bool = False) -> Chain:
+    assert c.layer is not None
+    maps = "conv" in name_of(c.func)
+    return Chain(c.layer[0], point, tuple(k.func for k in calls[1:]), fuses, maps, explicit)
+
+
+def _reads(
+    recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool, alone: bool
+) -> Placement:
+    """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or is read already."""
+    claimed: list[str] = []
+    for c in recorder.calls:
+        if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
+            if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
+                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
+            continue
+        v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
+        while v not in ends and v in graph.made and name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS:
+            v = graph.made[v].ins[0]
+            shared = shared or len(graph.readers[v]) > 1
+        source = ends[v][1].point if v in ends and not (alone and shared) else ""
+        if not source and not everywhere:
+            continue
+        if c.layer[1]:
+            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+        if not source or source in claimed:
+            source = f"{c.layer[0]}.input"
+        claimed.append(source)
+        placement.reads[c.layer] = source
+    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in claimed]
+    if unread:
+        raise ValueError(
+            f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include "
+            "and exclude, which gives each layer a B of its own"
+        )
+    placement.points = tuple(claimed)
+    return placement
+
+
+_PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collections.deque, Tensor)
+
+
+@contextlib.contextmanager
+def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
+    """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
+    keep what they see, only ``ours`` run."""
+    modules = [m for m in net.modules() if not type(m).__module__.startswith("fbkernels.training")]
+    hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
+    for m, every in hooks:
+        m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))
+    own = [{k: _copied(v) for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_")} for m in modules]
+    buffers = [dict(m._buffers) for m in modules]
+    values = [(t, t.detach().clone()) for b in buffers for t in b.values() if t is not None and not t.is_meta]
+    numpy: Any = sys.modules.get("numpy")
+    drawn = (random.getstate(), numpy.random.get_state() if numpy else None)
+    devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for m, every in hooks:
+                m._forward_hooks = every
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
+            for m, known, b in zip(modules, own, buffers, strict=True):
+                m._buffers.clear()
+                m._buffers.update(b)
+                for k in [k for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_") and k not in known]:
+                    del m.__dict__[k]
+                m.__dict__.update(known)
+            with torch.no_grad():
+                for t, value in values:
+                    t.copy_(value)
+
+
+def _copied(v: Any) -> Any:
+    return copy.copy(v) if type(v) in (list, dict, set, collections.deque) else v

@@ -1,0 +1,124 @@
+"""What was converted: each point's layer, units, B and memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fbkernels.loss import PerturbedLoss, network_of, unwrap
+
+
+@dataclass(frozen=True)
+class PointSummary:
+    """One row of ``fbkernels.summary``."""
+
+    name: str
+    layer: str
+    index: int
+    units: int
+    B: tuple[int, ...] | None
+    bytes: int
+
+
+class Summary(list[PointSummary]):
+    """What was converted; prints as a table."""
+
+    def __init__(self, rows: Iterable[PointSummary], title: str, peak: int | None = None) -> None:
+        super().__init__(rows)
+        self.title, self.peak = title, peak
+
+    def __repr__(self) -> str:
+        head = ("point", "layer", "index", "units", "B", "memory")
+        rows = [
+            (
+                r.name,
+                r.layer,
+                str(r.index),
+                str(r.units or "?"),
+                *(("x".join(map(str, r.B)), f"{r.bytes / 2**20:.2f} MiB") if r.B else "??"),
+            )
+            for r in self
+        ]
+        width = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, width, strict=True)).rstrip() for row in (head, *rows)]
+        return "\n".join([self.title, *lines])
+
+    __str__ = __repr__
+
+
+def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
+    """What was converted: each point's layer, units, B and the memory of B and its statistics.
+
+    Shapes are known after the first training forward; until then they read "?". With a batch ``x`` of inputs (on the meta device, if you
+    like: only its shape counts) they are predicted, by a training step of plain torch operators on a copy without data, and with them
+    ``peak``, the bytes that such a step holds at most: parameters, gradients, activities of both streams, B and its statistics; not what an
+    optimiser keeps. The fused kernels need less.
+
+    Raises:
+        TypeError: net is not a converted network.
+    """
+    root, network = unwrap(net), network_of(net)
+    text, peak = "", None
+    if x is not None:
+        network.flush()
+        with _Peak() as memory:
+            root = copy.deepcopy(root).to("meta").train()
+            network_of(root).adopt(network)
+            z = root(x.to("meta"))
+            PerturbedLoss(_squares, root)(z, None).sum().backward()
+            network_of(root).flush()
+        peak = memory.peak
+        text = f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
+    shown = network_of(root)
+    rows = []
+    for name, point in shown.points.items():
+        B = point.B
+        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
+        rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
+    title = (
+        f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "
+        f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
+    )
+    own = shown.placement.own_weights if shown.placement is not None else ()
+    title += f"\nno B, the error passes their own weights: {', '.join(own)}" * bool(own)
+    return Summary(rows, title, peak)
+
+
+def _squares(output: Any, target: Any) -> Tensor:
+    """A loss of any output, one for each sample."""
+    return torch.stack([t.flatten(1).square().sum(1) if t.ndim > 1 else t.square() for t in tree_leaves(output)]).sum(0)
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values())
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes at once of what operators make in the ``with`` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

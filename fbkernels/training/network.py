@@ -1,0 +1,508 @@
+"""What the points of one network share and what lives longer than a step; the forward of a converted network."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from fbkernels import ops
+from fbkernels._compile import constant
+from fbkernels.layout import Layout, Rows
+from fbkernels.placement import Placement, Recorder, names_of, place, untouched
+from fbkernels.rules.base import Gain, Measurement, Rule
+from fbkernels.stream.chain import Chain
+from fbkernels.stream.mode import Streams, shown
+from fbkernels.training.autograd import Reach
+from fbkernels.training.checkpoint import checkpointed, given
+from fbkernels.training.compile import described, known, placed, register
+from fbkernels.training.direct import Direct
+from fbkernels.training.layerwise import Layerwise
+from fbkernels.training.point import FeedbackPoint, Stateful
+from fbkernels.training.probe import settle
+from fbkernels.training.processes import Processes
+from fbkernels.training.settings import Settings
+from fbkernels.training.step import Step
+
+
+class Network(Stateful):
+    """The rule, the noise and the points of a converted network; it runs the training forward and hands B's updates on."""
+
+    step: Tensor  # int64, training steps so far
+    skipped: Tensor  # int64, samples whose loss or loss change was not finite
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.key = register(self)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        self.points: dict[str, FeedbackPoint] = {}
+        self.readers = nn.ModuleDict()  # points at a layer's input, and those of layers that are no modules of their own
+        self.root: tuple[nn.Module, ...] = ()  # the network; a tuple, so that it is no child
+        self.placement: Placement | None = None
+        self.stale = False  # a layer ran that the placement does not know: one that was replaced, or skipped until now
+        self.buffers_known: frozenset[int] = frozenset()
+        self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
+        self.current: Step | None = None  # the last training forward, until its loss has taken it
+        self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
+        self.entered = ""  # the layer whose module runs, where its weight is computed
+        self.watched = False  # a forward hook of the user's changes an activity
+        self.offset = 0  # of this process' first perturbed row among those of all
+        self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
+        self.warned = self.unseen = self.named = False  # what a warning was given of
+        self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
+        self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
+        self.scheduled: Measurement | None = None  # the last step that B was to learn from
+        self.processes: Processes | None = None  # where there are several; PerturbedLoss knows them
+
+    # the forward
+
+    def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own forward, in training with both streams."""
+        if not root.training or not torch.is_grad_enabled():  # what cannot learn is the plain model
+            return type(root).forward(root, *args, **kwargs)
+        step = self.begin(root, args, kwargs)
+        output = self.run(step, root, args, kwargs)
+        if torch.compiler.is_compiling():
+            if step.unknown:
+                raise RuntimeError(f"layer {step.unknown[0]!r} is new to the network: take an eager step before you compile")
+            self.current = step
+            return output
+        missed = [
+            c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)
+        ]
+        self.stale = bool(step.unknown or missed)
+        self.watched = self.watched or bool(missed)
+        self.current = step
+        return output
+
+    def run(self, step: Step, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mode = Streams(step, self.buffers_known)
+        mode.sources = self.settings.layerwise
+        if torch.compiler.is_compiling():  # no mark of a graph's is left on what it was given
+            args, kwargs = tree_map_only(Tensor, lambda x: x.view_as(x), (args, kwargs))
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor):
+                mode.put(x, None)
+        self.running = (mode,)
+        try:
+            with shown(mode), checkpointed(mode, step), mode:
+                output = type(root).forward(root, *args, **kwargs)
+        finally:
+            self.running = ()
+        mode.finish()
+        return self.end(step, mode, output)
+
+    def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        settings, rule = self.settings, self.settings.rule
+        if transformed():
+            raise RuntimeError(
+                "learned feedback inside a torch.func transform: it would differentiate through the forward weights instead of B; "
+                "call loss.backward() or torch.autograd.grad"
+            )
+        compiling = torch.compiler.is_compiling()
+        if compiling and not known(self.key):  # before Dynamo has seen a point's tensors
+            placed(self.key, described(args), described(kwargs))
+        if settings.layerwise:
+            self.flush()
+        if capturing(self.step):
+            self._capture()
+        self.current = None
+        placement = self.placement
+        samples = self._samples(placement, args, kwargs)
+        if compiling:
+            assert placement is not None
+            if placement.checkpoints:
+                raise RuntimeError(
+                    "the second run of torch.utils.checkpoint cannot be traced: leave torch.utils.checkpoint out of a compiled step"
+                )
+        elif placement is None or self.stale or (samples > 1 and not placement.settled):
+            placement = self.placement = self.find(root, args, kwargs)
+            samples = self._samples(placement, args, kwargs)
+        learning = not self.probe and (settings.every == 1 or self.steps % settings.every == 0)
+        wanted = rule.private if self.probe == "learned" else rule.perturbs and learning
+        perturbing = wanted and torch.is_grad_enabled()
+        step = (Layerwise if settings.layerwise else Direct)(self, placement, samples, learning, perturbing, self.probe)
+        step.inputs = (args, kwargs) if rule.supervised else ()  # only a second pass needs the batch after this one
+        if self.processes is not None and not self.probe and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a training step of several processes cannot be compiled yet: leave torch.compile out")
+            if not self.processes.agreed:
+                self.processes.agree(self._description())
+            if perturbing or (learning and rule.adapts):
+                step.part = self.processes.part(step.perturbed_rows)
+        self.offset = step.offset
+        for point in self.points.values():
+            point._weight = ()
+        step.begin()
+        return step
+
+    def _samples(self, placement: Placement | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if not any(x.ndim for x in given):
+            raise ValueError("a converted network needs a tensor with a batch dimension as input")
+        if placement is None:
+            return 0
+        return given[placement.argument].shape[placement.batch.dim]
+
+    def find(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
+        """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
+        settings = self.settings
+        names, weights = names_of(root)
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        with torch.no_grad(), untouched(root, self.runs):
+            recorder = Recorder(self, names, inputs)
+            self.running = (recorder,)
+            try:
+                with shown(recorder), given(recorder.checkpoint), recorder:
+                    output = type(root).forward(root, *args, **kwargs)
+            finally:
+                self.running = ()
+        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        if not any(recorder.known(t) is not None for t in outputs):
+            raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
+        placement = place(
+            recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised
+        )
+        placement.names, placement.weights = names, weights
+        if placement.own_weights and not self.named:
+            self.named = True
+            warnings.warn(
+                f"layerwise feedback: {', '.join(placement.own_weights)} carry the error through their own weights, which have no B: what "
+                "lies below them is trained by backprop through them; with feedback='direct' it is not",
+                stacklevel=5,
+            )
+        if self.placement is not None:
+            placement.join(self.placement)
+        if not placement.points:
+            raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
+        self.buffers_known = frozenset(id(t) for t in root.buffers())
+        self._number(root, placement)
+        with torch.no_grad():
+            settle(self, placement, recorder, root, args, kwargs)
+        return placement
+
+    def adopt(self, other: Network) -> None:
+        """The placement of the network that this one is a copy of."""
+        if other.placement is not None:
+            names, weights = names_of(self.root[0])
+            self.placement = replace(other.placement, names=names, weights=weights)
+            self.buffers_known = frozenset(id(t) for t in self.root[0].buffers())
+
+    def reached(self, step: Step, chain: Chain) -> bool:
+        """Whether the point of a chain that began has run."""
+        return chain.point in step.activities or chain.point not in self.points
+
+    def runs(self, hook: Any) -> bool:
+        """Whether a forward hook runs while a forward is recorded: ours, and the user's where one was seen to change an activity."""
+        return self.watched or isinstance(getattr(hook, "__self__", None), FeedbackPoint)
+
+    def hidden(self, name: str) -> bool:
+        """Whether a layer may get a point."""
+        kept = self.settings.include is None or any(fnmatch.fnmatchcase(name, p) for p in self.settings.include)
+        return kept and not (self.settings.exclude is not None and any(fnmatch.fnmatchcase(name, p) for p in self.settings.exclude))
+
+    def _number(self, root: nn.Module, placement: Placement) -> None:
+        """Points are numbered in the order in which they run (SPEC 6)."""
+        own = {m.name: m for m in root.modules() if isinstance(m, FeedbackPoint) and m.name}
+        self.points.clear()
+        for index, name in enumerate(placement.points):
+            point = own.get(name) or self._make(root, name)
+            point.index = index
+            self.points[name] = point
+
+    def _make(self, root: nn.Module, name: str) -> FeedbackPoint:
+        """A point that convert did not foresee: at a layer's input, or behind a layer that is no module of its own."""
+        point = FeedbackPoint()
+        point.converted = True
+        point.train(self.training)
+        point.name, point._network = name, (self,)
+        layer = dict(root.named_modules()).get(name)
+        if name.endswith(".input"):
+            point.reads = name.removesuffix(".input")
+            self.readers[point.reads.replace(".", "/")] = point
+        elif layer is not None and not hasattr(layer, "feedback") and not isinstance(layer, nn.Sequential):
+            layer.feedback = point
+        else:
+            self.readers[name.replace(".", "/") + "/"] = point
+        return point
+
+    def end(self, step: Step, mode: Streams, output: Any) -> Any:
+        """Keeps the differences of the outputs, hands out plain tensors."""
+        leaves, spec = tree_flatten(output)
+        for i, t in enumerate(leaves):
+            if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None:
+                continue
+            if mark[3] is not None:
+                mode.realise(t)
+            t = mode.current(t)
+            mark = mode.mark(t)
+            rows = step.placement.outputs[len(step.outputs)] if len(step.outputs) < len(step.placement.outputs) else Rows()
+            if rows is None:
+                raise ValueError(f"the rows of an output of shape {tuple(t.shape)} cannot be matched with the {step.samples} samples")
+            if self.processes is not None and not self.settings.layerwise and not step.outputs:
+                t = Reach.apply(t, *step.activities.values())
+            elif any(t is own for own in step.activities.values()):
+                t = t.view_as(t)
+            if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
+                t.register_hook(lambda g: self._unseen(step))
+            step.layouts.append(Layout.of(t, step.samples, False, 1, rows))
+            step.outputs.append(t)
+            step.changes.append(None if mark is None else mark[1])
+            leaves[i] = t
+            if not torch.compiler.is_compiling() and hasattr(t, "_fb"):
+                del t._fb
+        if not step.outputs:
+            raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
+        outputs = sum(layout.units for layout in step.layouts)
+        if self.settings.rank is not None and self.settings.rank > outputs:
+            raise ValueError(f"rank must be at most {outputs}, the number of outputs, got {self.settings.rank}")
+        if not step.activities and not step.unknown:
+            raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
+        return tree_unflatten(leaves, spec)
+
+    def _capture(self) -> None:
+        """A CUDA graph replays what this step does with the tensors that it finds now."""
+        settings, rule = self.settings, self.settings.rule
+        if settings.layerwise or rule.supervised or settings.every > 1 or self.steps < settings.warmup or self.processes is not None:
+            raise RuntimeError(
+                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up, "
+                "in one process"
+            )
+        learns = type(rule).learn is Rule.learn and rule.adapts
+        if learns and any(point.pending is None for point in self.points.values()):
+            raise RuntimeError("take a training step right before the capture of one: it makes B, its statistics and its pending update")
+        self.static = True
+
+    # learning B
+
+    def project(self, t: Tensor) -> Tensor:
+        """[N, outputs] as B's regression sees it: t C with ``rank``, C [outputs, rank] with orthonormal columns, a function of the seed."""
+        rank = self.settings.rank
+        if rank is None:
+            return t
+        if "C" not in self.state:
+            last = torch.full((), 2**32 - 1, dtype=torch.int64)  # a step that training does not reach, and a point
+            normal = ops.noise(last, self.settings.seed, 2**32 - 1, t.shape[1], rank, 1.0, "gaussian", dtype=torch.float64)
+            Q, R = torch.linalg.qr(normal)
+            self.state["C"] = (Q * R.diagonal().sign()).to(self.step.device)
+        return t @ self.state["C"].to(t.dtype)
+
+    def measure(self, step: Step, e: Tensor, dL: Tensor, dy: Tensor, ok: Tensor, dtype: torch.dtype) -> Measurement:
+        """What the step showed: the loss change of each perturbed sample and e = dL/doutput, or e C; samples that are not ok count as
+        zero."""
+        settings, n = self.settings, len(ok)
+        w = (dL / settings.noise_std**2).to(dtype)
+        ok = ok & torch.isfinite(w)
+        skipped = (~ok).sum()
+        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
+        r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
+        prediction: Tensor | float = 0.0
+        if step.predictions:
+            prediction = torch.cat(step.predictions).sum(0) * ok[:, None]
+        return Measurement(
+            step=self.step.clone(),
+            rows=n,
+            std=settings.noise_std,
+            units=sum(self.points[name].units for name in step.activities),
+            regressor=r.to(dtype),
+            w=torch.where(ok, w, 0.0),
+            loss_change=torch.where(ok, dL, 0.0).to(dtype),
+            output_change=torch.where(ok[:, None], dy, 0.0).to(dtype),
+            prediction=prediction,
+            points=tuple(step.activities),
+            errors=step.errors,
+            ok=ok,
+            part=step.part,
+        )
+
+    def schedule(self, m: Measurement) -> None:
+        """Direct: let B take the step before the next forward (SPEC 5)."""
+        rule = self.settings.rule
+        known, part = dict(self.state), m.part
+        if part is not None and not rule.supervised:
+            if rule.exchanged:
+                m = m.gathered(rule.exchanged)
+            else:
+                (G,) = part.gather(rule.update(m, self.state)[1])
+                m = replace(m, rows=len(G), part=None, gains=(None, G))
+        m.gains = finite(*(m.gains or rule.update(m, self.state)))
+        if self.static and self.scheduled is not None:
+            for name in rule.statistics:
+                self.state[name] = known[name].copy_(self.state[name])
+            old, new = self.scheduled.handed_on, m.handed_on
+            if [t.shape for t in old] != [t.shape for t in new]:
+                raise RuntimeError(f"a network with a captured step takes batches of {self.scheduled.rows} samples, got {m.rows}")
+            for t, value in zip(old, new, strict=True):
+                t.copy_(value)
+            m = self.scheduled
+        self.scheduled = m
+        for name in m.points:
+            self.points[name].pending = m
+        if m.part is not None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Apply every pending update of B."""
+        measured, self.measured = self.measured, []
+        for step, m in measured:
+            with torch.no_grad():
+                step.learn(m)
+            self._flush_points()
+        self._flush_points()
+        self._spend()
+
+    def _spend(self) -> None:
+        """A graph's next replay learns once more from what was scheduled: let that be nothing."""
+        if not self.static or self.scheduled is None:
+            return
+        with torch.no_grad():
+            for t in self.scheduled.handed_on[1:]:
+                t.zero_()
+        for name in self.scheduled.points:
+            self.points[name].pending = self.scheduled
+
+    def _flush_points(self) -> None:
+        for point in self.points.values():
+            point.flush()
+
+    def advance(self) -> None:
+        self.step.add_(1)
+        if self.settings.every > 1 or self.settings.warmup:
+            self.steps += 1
+
+    def warn(self) -> None:
+        """One warning when samples were skipped; on a GPU only ``fb.summary`` looks, because looking synchronises."""
+        if not self.warned and not torch.compiler.is_compiling() and self.skipped.device.type == "cpu" and int(self.skipped):
+            self.warned = True
+            warnings.warn(f"{int(self.skipped)} samples had a non-finite loss or loss change; B and its statistics skip them", stacklevel=4)
+
+    def overflowed(self, point: str) -> None:
+        """One warning when an update of a point's B was dropped since it is not finite."""
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"an update of B of point {point!r} was non-finite and is left out: {self.settings.rule!r} diverges; take a smaller lr or "
+                "a larger gamma, and a smaller learning rate where the network itself diverges",
+                stacklevel=4,
+            )
+
+    def _unseen(self, step: Step) -> None:
+        if not step.taken and not self.unseen:
+            self.unseen = True
+            warnings.warn(
+                "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
+                "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
+                stacklevel=2,
+            )
+
+    def extra_repr(self) -> str:
+        return str(self.settings)
+
+    # checkpoints
+
+    def names(self) -> tuple[str, ...]:
+        return () if self.settings.layerwise else self.settings.rule.statistics
+
+    def home(self) -> torch.device:
+        return self.step.device
+
+    def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
+        own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
+        own |= {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
+        for key, t in own.items():
+            if key in state_dict and state_dict[key].shape != t.shape:
+                raise ValueError(
+                    f"checkpoint of another network: size mismatch for {key}, {tuple(state_dict[key].shape)} in the checkpoint, "
+                    f"{tuple(t.shape)} here"
+                )
+        here = {k.rpartition(".")[0] for k in own if k.endswith(".shared.step")}
+        theirs = [k for k in state_dict if k.endswith(".shared.method")]
+        if not theirs:
+            return
+        found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
+        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        if self.placement is None:  # which will show these points, at the first training forward
+            modules = dict(root.named_modules())
+            for key in found - points.keys():
+                path = key.removeprefix(prefix)
+                reader, layer = path.rpartition(".shared.readers.")[1:]
+                at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
+                if at in modules and self.settings.found and self.hidden(at):
+                    self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
+            points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()
+        if self.settings.rule.learned and not self.settings.layerwise and self.placement is None and not needed:
+            needed = {prefix + n for n, m in root.named_modules() if isinstance(m, FeedbackPoint) and m.name in self.points}
+        if theirs[0].rpartition(".")[0] not in here or not found <= points.keys() or (found and needed - found):
+            raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(points)}")
+        method = bytes(state_dict[theirs[0]].tolist()).decode()
+        if method != self.settings.method:
+            raise ValueError(f"checkpoint of another rule: its feedback is {method}, the network's is {self.settings.method}")
+
+    def _description(self) -> dict[str, Any]:
+        """What processes have to have in common."""
+        described = self.settings.described | {"points": list(self.points)}
+        states = {f"{k} of point {n!r}": t for n, point in self.points.items() for k, t in point.state.items()} | self.state
+        sums = {n: int(t.contiguous().view(torch.uint8).sum(dtype=torch.int64)) for n, t in states.items()}
+        return described | {"step": int(self.step)} | sums
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any
+    ) -> None:
+        self.measured = []
+        if self.processes is not None:
+            self.processes.agreed = False
+        self._spend()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *args)
+        if prefix + "method" in unexpected:
+            unexpected.remove(prefix + "method")
+        if prefix + "step" in state_dict:
+            self.steps = int(state_dict[prefix + "step"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.key = register(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.flush()
+        fresh: dict[str, Any] = {
+            "current": None,
+            "running": (),
+            "placement": None,
+            "static": False,
+            "scheduled": None,
+            "processes": None,
+        }
+        return {**self.__dict__, **fresh}
+
+
+def finite(M: Gain, G: Tensor) -> tuple[Gain, Tensor]:
+    """The gains; zero, so that B stays as it is, where one of them has overflowed."""
+    small = M[1] if isinstance(M, tuple) else M
+    ok = torch.isfinite(G.sum() if small is None else G.sum() + small.sum())
+    G = torch.where(ok, G, 0.0)
+    if small is None:
+        return None, G
+    small = torch.where(ok, small, 0.0)
+    return (M[0], small) if isinstance(M, tuple) else small, G
+
+
+def capturing(step: Tensor) -> bool:
+    return step.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+@constant  # Dynamo enters the transforms while it traces, so the answer is known then
+def transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
