@@ -137,7 +137,7 @@ class PerturbedLoss(nn.Module):
             if learns and rule.mirrors:
                 read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
                 if read:
-                    rule.reflect(read, network.step)
+                    rule.reflect(read, network.step, step.rows_read)
             elif learns and not network.settings.layerwise:
                 network.schedule(m)
             network.advance()

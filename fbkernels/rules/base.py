@@ -139,8 +139,9 @@ class Rule:
     def settle(self, point: FeedbackPoint) -> None:
         """Before a layerwise B is used for the first time."""
 
-    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor) -> None:
-        """``mirrors``: learn the B of all layers, at the end of a training step's forward."""
+    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor, rows: int) -> None:
+        """``mirrors``: learn the B of all layers, at the end of a training step's forward, in which each number of their weights met so
+        many others."""
         raise NotImplementedError
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:

@@ -135,6 +135,7 @@ class Network(Stateful):
                 raise RuntimeError("a training step of several processes cannot be compiled yet: leave torch.compile out")
             if not self.processes.agreed:
                 self.processes.agree(self._description())
+                placement.products = self.processes.most(placement.products)  # one that begins with no sample has not seen them
             if perturbing or (learning and rule.adapts):
                 step.part = self.processes.part(step.perturbed_rows)
         self.offset = step.offset
@@ -186,6 +187,8 @@ class Network(Stateful):
         self._number(root, placement)
         with torch.no_grad():
             settle(self, placement, recorder, root, args, kwargs)
+        placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
+        placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
         return placement
 
     def adopt(self, other: Network) -> None:
