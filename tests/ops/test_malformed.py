@@ -225,7 +225,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("where", ["cpu", "emulated"])
 def test_malformed_calls_never_crash(where: str) -> None:
     command = [sys.executable, "-P", "-X", "faulthandler", __file__, "1", where]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert float(run.stdout) > 1 / 2  # most of them are malformed indeed

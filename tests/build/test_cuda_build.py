@@ -43,7 +43,7 @@ def report(setup_py: ModuleType) -> str:  # noqa: F811
     """Of the build that .ci/run has just made, or of one more."""
     if "FBK_NVCC_LOG" in os.environ:
         return Path(os.environ["FBK_NVCC_LOG"]).read_text()
-    sources = sorted((Path(__file__).parents[1] / "csrc").glob("*.cu"), key=lambda s: -s.stat().st_size)
+    sources = sorted((Path(__file__).parents[2] / "csrc").glob("*.cu"), key=lambda s: -s.stat().st_size)
     command = ["nvcc", *shlex.split(setup_py.NVCCFLAGS), *setup_py.gencode(";".join(ARCHS))[:-1], "-Xptxas=-v", "-c", "-o", "/dev/null"]
 
     def compile(source: Path) -> str:
