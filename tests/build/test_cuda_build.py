@@ -21,9 +21,9 @@ ARCHS = ("80", "90")
 MOST = {
     "noise_kernel": 40,
     # 3 blocks of 256 threads
-    "pointwise_kernel": 80,
+    "perturbed_pointwise_kernel": 80,
     "unpool_kernel": 80,
-    "linear_kernel": 80,
+    "perturbed_linear_kernel": 80,
     "feedback_kernel": 80,
     "feedback_update_kernel": 80,
     "mirror_respond_kernel": 80,

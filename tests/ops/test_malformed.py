@@ -22,7 +22,7 @@ ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError)
 STEP = torch.tensor(3)
 
 
-def pointwise() -> dict[str, Any]:
+def perturbed_pointwise() -> dict[str, Any]:
     z, h = torch.randn(3, 6, 5, 7), torch.empty(3, 3, 3, 7)
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
     out = {"h": h, "d": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
@@ -40,7 +40,7 @@ def pointwise() -> dict[str, Any]:
     }
 
 
-def linear() -> dict[str, Any]:
+def perturbed_linear() -> dict[str, Any]:
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
     out = {"h": torch.empty(3, 7), "d": torch.empty(2, 7), "kept": torch.empty(3, 7)}
     layer = {"x": torch.randn(3, 6), "dx": torch.randn(2, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
@@ -53,7 +53,7 @@ def unpool() -> dict[str, Any]:
     return {"delta": delta, "winner": winner, "out": out, "sizes": (3, 3, 2, 2, 1, 1), "threads": 2, "simd": ""}
 
 
-def conv_gradient() -> dict[str, Any]:
+def pooled_weight_gradient() -> dict[str, Any]:
     delta = torch.randn(3, 3, 3, 7)  # of maps [6, 5], behind a 3x3 kernel over 4 channels
     winner = torch.full(delta.shape, 4, dtype=torch.uint8)
     out = {"weight_gradient": torch.empty(7, 4, 3, 3), "bias_gradient": torch.empty(7)}
@@ -134,9 +134,9 @@ def noise() -> dict[str, Any]:
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "noise": noise,
     "philox": lambda: {"counter": [1, 2, 3, 4], "key": [5, 6]},
-    "pointwise": pointwise,
+    "perturbed_pointwise": perturbed_pointwise,
     "unpool": unpool,
-    "conv_gradient": conv_gradient,
+    "pooled_weight_gradient": pooled_weight_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
     "mirror": mirror,
@@ -145,8 +145,8 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "shuffle": lambda: {"out": torch.empty(9, dtype=torch.int64), "seed": 1, "epoch": 2},
 }
 # on a GPU, whose fused_mlp leaves it to the caller that rows and classes are within bounds
-ON_GPU = {name: GOOD[name] for name in ("noise", "pointwise", "unpool", "feedback", "ridge_gain")}
-ON_GPU |= {"linear": linear, "feedback_update": lambda: feedback_update(parts=1), "mirror": lambda: mirror(gpu=True)}
+ON_GPU = {name: GOOD[name] for name in ("noise", "perturbed_pointwise", "unpool", "feedback", "ridge_gain")}
+ON_GPU |= {"perturbed_linear": perturbed_linear, "feedback_update": lambda: feedback_update(parts=1), "mirror": lambda: mirror(gpu=True)}
 HARMLESS = {"build_info", "simd_paths"}  # take no arguments
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)
 OTHERS = (None, "", "gaussian", "max", "avx512", "\0", "x" * 1000, [], (), {}, object(), torch, b"bytes", 1j)
