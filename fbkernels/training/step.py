@@ -57,9 +57,8 @@ class Step:
 
     @property
     def rows_read(self) -> int:
-        """Layerwise: products of the forward for each number in the weights of the layers that read a point; of the process with most
-        samples."""
-        samples = self.samples if self.part is None else max(self.part.rows)
+        """Layerwise: products of the forward for each number in the weights of the layers that read a point, of all processes together."""
+        samples = self.samples if self.part is None else self.part.total
         return samples * self.placement.products // max(1, self.placement.answering)
 
     def partial(self) -> bool:
