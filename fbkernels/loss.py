@@ -120,6 +120,24 @@ class PerturbedLoss(nn.Module):
                 "what else follows belongs into forward, a loss of several parts is one criterion, "
                 "and mixup mixes the targets instead of the losses"
             )
+        network.current = None
+        if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
+            loss: Tensor = self.criterion(output, target)
+            learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
+        else:
+            loss, learns = self._measured(step, chosen, output, target)
+        with torch.no_grad():
+            if learns and rule.mirrors:
+                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
+                if read:
+                    rule.reflect(read, network.step, step.rows_read)
+            network.advance()
+        network.warn()
+        return loss
+
+    def _measured(self, step: Step, chosen: list[int], output: Any, target: Any) -> tuple[Tensor, bool]:
+        """The loss of what e and dL were taken of, and whether B learns from them."""
+        network, rule = step.network, step.network.settings.rule
         losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
         dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)
         with torch.no_grad():
@@ -128,21 +146,14 @@ class PerturbedLoss(nn.Module):
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
-        network.current = None
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
 
-                m.targets = true_gradients(root, step, self.per_sample, target)
-            if learns and rule.mirrors:
-                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
-                if read:
-                    rule.reflect(read, network.step, step.rows_read)
-            elif learns and not network.settings.layerwise:
+                m.targets = true_gradients(self._net[0], step, self.per_sample, target)
+            if learns and not network.settings.layerwise:
                 network.schedule(m)
-            network.advance()
-        network.warn()
-        return self.per_sample.reduce(out)
+        return self.per_sample.reduce(out), learns
 
 
 def given(step: Step, output: Any) -> list[int] | None:

@@ -123,6 +123,11 @@ class Rule:
         """B before the first step, from standard normal numbers of its shape: zero, the ridge's own prior."""
         return torch.zeros_like(normal)
 
+    @property
+    def measures(self) -> bool:
+        """Whether it needs the loss of each sample and e in ``layerwise``, where the output's gradient is autograd's."""
+        return self.private or (self.adapts and self.regresses)
+
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         """(M, G) of B <- B (I - M) + Xi^T G, or ((R, Q), w) of M = R^T Q and G = w * Q, which costs less where N < m."""
         raise NotImplementedError(f"{type(self).__name__} does not update B")
