@@ -120,12 +120,12 @@ class PerturbedLoss(nn.Module):
                 "what else follows belongs into forward, a loss of several parts is one criterion, "
                 "and mixup mixes the targets instead of the losses"
             )
-        network.current = None
         if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
             loss: Tensor = self.criterion(output, target)
             learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
         else:
             loss, learns = self._measured(step, chosen, output, target)
+        network.current = None
         with torch.no_grad():
             if learns and rule.mirrors:
                 read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
