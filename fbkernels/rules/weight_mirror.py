@@ -77,5 +77,7 @@ class WeightMirror(Rule):
     def _store(self, point: FeedbackPoint, B: Tensor) -> None:
         assert point.connection is not None and point.weight is not None
         B, before = point.connection.unanswers(B, point.weight.shape), point.state["B"]
+        if point.network.static:  # whose memory the new one takes
+            before = before.clone()
         point.store(B if point.connection.convolution else B.T)
         point.check(before)

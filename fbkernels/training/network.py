@@ -273,12 +273,15 @@ class Network(Stateful):
     def _capture(self) -> None:
         """A CUDA graph replays what this step does with the tensors that it finds now."""
         settings, rule = self.settings, self.settings.rule
-        if settings.layerwise or rule.supervised or settings.every > 1 or self.steps < settings.warmup or self.processes is not None:
+        refused = rule.measures or rule.statistics if settings.layerwise else rule.supervised
+        if refused or settings.every > 1 or self.steps < settings.warmup or self.processes is not None:
             raise RuntimeError(
-                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up, "
-                "in one process"
+                "a CUDA graph can hold a training step with direct feedback and a rule that needs no second pass, or with layerwise "
+                "feedback and WeightMirror, Fixed, SignSymmetric or WeightTransport; every=1, after the warm-up, in one process"
             )
-        learns = type(rule).learn is Rule.learn and rule.adapts
+        if settings.layerwise and rule.learned and any("B" not in point.state for point in self.points.values()):
+            raise RuntimeError("take a training step before the capture of one: it makes B")
+        learns = type(rule).learn is Rule.learn and rule.adapts and not settings.layerwise
         if learns and any(point.pending is None for point in self.points.values()):
             raise RuntimeError("take a training step right before the capture of one: it makes B, its statistics and its pending update")
         self.static = True
