@@ -118,6 +118,8 @@ def correct(at: Place) -> list[Stage]:
         Part("memcheck, Triton", 90, memory + pytest(), (kernel.format("triton", "noise"), kernel.format("triton", "update"))),
     ]
     if at.gpu:  # as far as the time goes; elsewhere CI runs them
+        mirror = "tests/ops/test_conformance.py::test_the_backend_is_the_reference[mirror-{}]"
+        parts += [Part(f"{b} mirror", 90, blocking + pytest(), (mirror.format(b),)) for b in KERNELS]
         files = ("bench/test_gpu", "ops/test_fused_mlp_cuda", "ops/test_cuda_ops")
         parts += [Part(f"all of {name}", 120, pytest("-n", "4"), (f"tests/{name}.py",)) for name in files]
     return [Stage([build], decides=True), Stage(parts, workers=8)]
