@@ -17,6 +17,7 @@
 #include "fused_mlp.h"
 #include "mirror.h"
 #include "noise.h"
+#include "perturbed_cross_entropy.h"
 #include "perturbed_linear.h"
 #include "perturbed_pointwise.h"
 #include "pooled_weight_gradient.h"
@@ -365,6 +366,41 @@ static void feedback(const TensorView& e, const TensorView& B, const std::option
   fbk::feedback_cpu(p, path, threads);
 }
 
+static void perturbed_cross_entropy(const TensorView& logits, const std::optional<TensorView>& perturbed,
+                                    const TensorView& target, bool antithetic, double scale, const TensorView& losses,
+                                    const TensorView& e, const TensorView& dL, const TensorView& dy,
+                                    const TensorView& ok, int threads) {
+  require(logits.ndim == 2 && logits.shape[1] >= 1, "logits must be [samples, classes]");
+  require(dL.ndim == 1, "dL must be [rows]");
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  int64_t samples = logits.shape[0], classes = logits.shape[1], rows = dL.shape[0];
+  require(rows <= samples, "dL must have at most as many rows as logits");
+  require(perturbed || !antithetic, "perturbed must be given where antithetic is true");
+  expect("logits", logits, {samples, classes}, fbk::dl_float, 64);
+  if (perturbed) expect("perturbed", *perturbed, {antithetic ? 2 * rows : rows, classes}, fbk::dl_float, 64);
+  expect("target", target, {samples}, fbk::dl_int, 64);
+  expect("losses", losses, {samples}, fbk::dl_float, 32);
+  expect("e", e, {samples, classes}, fbk::dl_float, 32);
+  expect("dL", dL, {rows}, fbk::dl_float, 32);
+  expect("dy", dy, {rows, classes}, fbk::dl_float, 32);
+  expect("ok", ok, {rows}, fbk::dl_bool, 8);
+  fbk::PerturbedCrossEntropyParams p{logits.ptr<double>(),
+                                     perturbed ? perturbed->ptr<double>() : nullptr,
+                                     target.ptr<int64_t>(),
+                                     scale,
+                                     antithetic,
+                                     losses.ptr<float>(),
+                                     e.ptr<float>(),
+                                     dL.ptr<float>(),
+                                     dy.ptr<float>(),
+                                     ok.ptr<bool>(),
+                                     samples,
+                                     classes,
+                                     rows};
+  py::gil_scoped_release release;
+  fbk::perturbed_cross_entropy_cpu(p, threads);
+}
+
 static void pooled_weight_gradient(const TensorView& delta, const TensorView& winner, const TensorView& x,
                                    const TensorView& weight_gradient, const TensorView& bias_gradient,
                                    const Sizes& geometry, const Sizes& sizes, int threads, const std::string& simd) {
@@ -681,6 +717,9 @@ PYBIND11_MODULE(_C, m) {
         "simd"_a = "", "out = B (I - M) + Xi^T G, and the prediction Xi' out.");
   m.def("feedback", &feedback, "e"_a, "B"_a, "kept"_a.none(true), "delta"_a, "activation"_a, "threads"_a = 1,
         "simd"_a = "", "delta = (e B^T) * phi'(kept).");
+  m.def("perturbed_cross_entropy", &perturbed_cross_entropy, "logits"_a, "perturbed"_a.none(true), "target"_a,
+        "antithetic"_a, "scale"_a, "losses"_a, "e"_a, "dL"_a, "dy"_a, "ok"_a, "threads"_a = 1,
+        "Cross-entropies, e = softmax - onehot, and what a perturbation of the logits did.");
   m.def("pooled_weight_gradient", &pooled_weight_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a,
         "bias_gradient"_a, "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "The weight and bias gradient of a convolution from the winners of its max-pool.");

@@ -77,6 +77,19 @@ def feedback_update(
     simd: str = "",
 ) -> None: ...
 def feedback(e: Tensor, B: Tensor, kept: Tensor | None, delta: Tensor, activation: str, threads: int = 1, simd: str = "") -> None: ...
+def perturbed_cross_entropy(
+    logits: Tensor,
+    perturbed: Tensor | None,
+    target: Tensor,
+    antithetic: bool,
+    scale: float,
+    losses: Tensor,
+    e: Tensor,
+    dL: Tensor,
+    dy: Tensor,
+    ok: Tensor,
+    threads: int = 1,
+) -> None: ...
 def pooled_weight_gradient(
     delta: Tensor,
     winner: Tensor,

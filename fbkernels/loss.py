@@ -231,6 +231,7 @@ def signals(
     layouts, changes = [step.layouts[i] for i in chosen], [step.changes[i] for i in chosen]
     moves = step.perturbing and any(d is not None for d in changes)
     n = step.perturbed_rows if moves else step.samples
+    backend = "reference"
     if (
         per_sample.cross_entropy
         and len(chosen) == 1
@@ -240,11 +241,15 @@ def signals(
         and y.ndim == 2
         and y.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and ops.backend_of(y, step.network.settings.backend) == "triton"
     ):
-        moved = step.rows(y) + changes[0] if moves else None  # type: ignore[operator]
+        backend = ops.backend_of(y, step.network.settings.backend)
+    if backend in ("cpp", "triton"):
+        moved: Tensor | None = None
+        if moves:
+            own = step.rows(y)
+            moved = (own.double() if backend == "cpp" else own) + changes[0]  # type: ignore[operator]
         losses, e, dL, dy, ok = ops.perturbed_cross_entropy(
-            y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend="triton"
+            y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
     losses, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)

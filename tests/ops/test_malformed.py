@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 CALLS = 10_000
-ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError)
+ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError, IndexError)
 STEP = torch.tensor(3)
 
 
@@ -120,6 +120,12 @@ def fused_mlp() -> dict[str, Any]:
     }
 
 
+def perturbed_cross_entropy() -> dict[str, Any]:
+    double = {"logits": torch.randn(4, 5).double(), "perturbed": torch.randn(6, 5).double()}
+    out = {"losses": torch.empty(4), "e": torch.empty(4, 5), "dL": torch.empty(3), "dy": torch.empty(3, 5), "ok": torch.empty(3) > 0}
+    return {**double, "target": torch.tensor([0, 4, -100, 2]), "antithetic": True, "scale": 0.5, **out, "threads": 2}
+
+
 def mirror(gpu: bool = False) -> dict[str, Any]:
     B, W, out = ([f(7, 9), f(3, 9)] for f in (torch.randn, torch.randn, torch.empty))
     key = {"step": STEP, "seed": 1, "points": [2, 2], "samples": 70, "kind": "gaussian", "offset": 0, "threads": 2, "simd": ""}
@@ -139,6 +145,7 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "pooled_weight_gradient": pooled_weight_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
+    "perturbed_cross_entropy": perturbed_cross_entropy,
     "mirror": mirror,
     "fused_mlp": fused_mlp,
     "ridge_gain": ridge_gain,
