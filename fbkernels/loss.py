@@ -122,6 +122,9 @@ class PerturbedLoss(nn.Module):
             )
         if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
             loss: Tensor = self.criterion(output, target)
+            with torch.no_grad():
+                flat = [step.layouts[i].units_of(step.outputs[i], step.samples) for i in chosen]
+                network.skip(torch.isfinite(flat[0] if len(flat) == 1 else torch.cat(flat, 1)).all(1))
             learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
         else:
             loss, learns = self._measured(step, chosen, output, target)

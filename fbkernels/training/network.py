@@ -300,14 +300,18 @@ class Network(Stateful):
             self.state["C"] = (Q * R.diagonal().sign()).to(self.step.device)
         return t @ self.state["C"].to(t.dtype)
 
+    def skip(self, ok: Tensor) -> None:
+        """Count the samples that are not ok, of all processes."""
+        skipped = (~ok).sum()
+        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
+
     def measure(self, step: Step, e: Tensor, dL: Tensor, dy: Tensor, ok: Tensor, dtype: torch.dtype) -> Measurement:
         """What the step showed: the loss change of each perturbed sample and e = dL/doutput, or e C; samples that are not ok count as
         zero."""
         settings, n = self.settings, len(ok)
         w = (dL / settings.noise_std**2).to(dtype)
         ok = ok & torch.isfinite(w)
-        skipped = (~ok).sum()
-        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
+        self.skip(ok)
         r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
         prediction: Tensor | float = 0.0
         if step.predictions:

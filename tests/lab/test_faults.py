@@ -49,7 +49,7 @@ def learned(net: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("feedback", "rule"), RULES, ids=str)
 def test_diverging_training_leaves_b_finite(feedback: str, rule: fb.Rule) -> None:
-    """lr 1e38: W is infinite or nan after a step or two. Then every sample that B is to learn from is skipped, and B stands still."""
+    """lr 1e38: W is infinite or nan after a step or two. Then every sample is skipped, and B stands still."""
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
     net = fb.convert(model, feedback=feedback, rule=copy.deepcopy(rule))
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
@@ -64,7 +64,7 @@ def test_diverging_training_leaves_b_finite(feedback: str, rule: fb.Rule) -> Non
             if step == 5:
                 before = learned(net)
     assert not all(p.isfinite().all() for p in net.parameters())
-    assert int(net.feedback.skipped) >= (2 * 8 if feedback == "direct" or rule.measures else 0)
+    assert int(net.feedback.skipped) >= 2 * 8
     assert int(net.feedback.step) == 8
     for name, t in learned(net).items():
         assert t.isfinite().all(), name
@@ -117,7 +117,7 @@ def test_diverging_train_job(tmp_path: Path) -> None:
     for method in ("ridge", "joint", "lms", "weight-mirror", "dfa"):
         state = torch.load(out / f"{method}-0.pt", weights_only=True)
         assert all(t.isfinite().all() for k, t in state.items() if ".feedback." in k and t.is_floating_point()), method
-        assert int(state["fc1.feedback.shared.skipped"]) > 0 or method == "weight-mirror"  # which learns from no sample
+        assert int(state["fc1.feedback.shared.skipped"]) > 0
         assert int(state["fc1.feedback.shared.step"]) == 10
 
 
