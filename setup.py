@@ -114,7 +114,7 @@ class NinjaBuild(build_ext):
         libs = ""
         if isinstance(cuda, Nvcc):
             if cuda.release == "emulated":  # for tests: blocks and threads on the CPU, on tensors that are there
-                command = f"{cxx} -Wno-clobbered -Wno-unknown-pragmas -I{Path('tests/emulation').resolve()} -x c++ -c $in -o $out"
+                command = f"{cxx} -Wno-clobbered -Wno-unknown-pragmas -I{Path('tests/support/emulation').resolve()} -x c++ -c $in -o $out"
             else:
                 command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
                 # static, so that the module imports where there is no CUDA

@@ -1,7 +1,7 @@
 """The GPU's table: ``pytest bench/bench_triton.py --benchmark-json=FILE`` on a machine with one.
 
 Medians of CUDA events around calls in turns, from a cold cache. A contender that cannot run fails its benchmark, after the others have been
-timed. tests/test_bench_triton.py runs all of them on the CPU, small.
+timed. tests/bench/test_bench_triton.py runs all of them on the CPU, small.
 """
 
 from __future__ import annotations

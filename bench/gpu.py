@@ -32,7 +32,7 @@ LIMITS = {"correct": 262.0, "fast": 392.0}  # seconds; a part that does not end 
 GRACE, LEAST = 4.0, 8.0  # a part is not started with less
 LOG = 300_000  # bytes of a part's log that are kept: OUT's files may have 16 MiB
 
-# what each backend has; tests/test_gpu_kernels.py launches them
+# what each backend has; tests/ops/test_gpu_kernels.py launches them
 KERNELS = {
     "triton": ("linear", "conv2d", "pointwise", "noise", "update", "feedback", "gain", "loss"),
     "cuda": ("noise", "linear", "pointwise", "update", "feedback", "gain"),
@@ -95,9 +95,9 @@ def install(at: Place) -> list[Part]:
 
 def correct(at: Place) -> list[Stage]:
     build, versions = install(at)
-    kernel, mlp = "tests/test_gpu_kernels.py::test_kernel[{}-{}]", "tests/test_fused_mlp_cuda.py::test_"
+    kernel, mlp = "tests/ops/test_gpu_kernels.py::test_kernel[{}-{}]", "tests/ops/test_fused_mlp_cuda.py::test_"
     thousand, cutting = f"{mlp}a_thousand_steps_are_those_of_the_cpp_engine", f"{mlp}cutting_a_run_changes_no_bit[sgd-V-cuts0]"
-    launches = ("tests/test_gpu.py::test_a_layer_is_one_launch", "tests/test_gpu.py::test_noise_is_one_launch")
+    launches = ("tests/bench/test_gpu.py::test_a_layer_is_one_launch", "tests/bench/test_gpu.py::test_noise_is_one_launch")
     few = (*(kernel.format("cuda", name) for name in ("linear", "update", "gain")), cutting)
     blocking: Words = ()
     memory: Words = ()
@@ -111,14 +111,16 @@ def correct(at: Place) -> list[Stage]:
         versions,
         *(Part(f"{b} {name}", 90, blocking + pytest(), (kernel.format(b, name),)) for b, names in KERNELS.items() for name in names),
         Part("one launch a layer", 90, pytest(), launches),
-        Part("a replayed step", 90, pytest(), ("tests/test_gpu_kernels.py::test_a_replayed_step_is_the_eager_one",)),
+        Part("a replayed step", 90, pytest(), ("tests/ops/test_gpu_kernels.py::test_a_replayed_step_is_the_eager_one",)),
         Part("FusedMLP, 1,000 steps", 60, pytest(), (thousand if at.gpu else cutting,)),  # emulated it takes a minute
         Part("memcheck, CUDA", 90, memory + pytest(), few),
         Part("racecheck, CUDA", 90, race + pytest(), few),
         Part("memcheck, Triton", 90, memory + pytest(), (kernel.format("triton", "noise"), kernel.format("triton", "update"))),
     ]
     if at.gpu:  # as far as the time goes; elsewhere CI runs them
-        files = ("test_gpu", "test_fused_mlp_cuda", "ops/test_cuda_ops")
+        mirror = "tests/ops/test_conformance.py::test_the_backend_is_the_reference[mirror-{}]"
+        parts += [Part(f"{b} mirror", 90, blocking + pytest(), (mirror.format(b),)) for b in KERNELS]
+        files = ("bench/test_gpu", "ops/test_fused_mlp_cuda", "ops/test_cuda_ops")
         parts += [Part(f"all of {name}", 120, pytest("-n", "4"), (f"tests/{name}.py",)) for name in files]
     return [Stage([build], decides=True), Stage(parts, workers=8)]
 

@@ -1,4 +1,4 @@
-"""The rivals: what a careful user of torch would write by hand. Plain torch, nothing of fbkernels; tests/test_rivals.py holds them to it.
+"""The rivals: what a careful user of torch would write by hand. Plain torch, nothing of fbkernels; tests/bench/test_rivals.py tests it.
 
 A step is a function without arguments that trains on the next batch and returns the loss.
 """

@@ -41,9 +41,9 @@ MODELS: dict[str, tuple[tuple[int, int, int], int]] = {
 }
 NARROW: dict[str, dict[str, float]] = {
     "paper_cnn": {"width": 1 / 32},
-    "resnet20": {"width": 1},
-    "resnet18": {"width": 1},
-    "wrn16_4": {"width": 1},
+    "resnet20": {"width": 1 / 16},
+    "resnet18": {"width": 1 / 64},
+    "wrn16_4": {"width": 1 / 16},
 }
 
 

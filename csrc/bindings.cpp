@@ -13,13 +13,14 @@
 #include <vector>
 
 #include "build_config.h"
-#include "conv_gradient.h"
 #include "feedback.h"
 #include "fused_mlp.h"
-#include "linear.h"
 #include "mirror.h"
 #include "noise.h"
-#include "pointwise.h"
+#include "perturbed_cross_entropy.h"
+#include "perturbed_linear.h"
+#include "perturbed_pointwise.h"
+#include "pooled_weight_gradient.h"
 #include "ridge_gain.h"
 #include "tensor_view.h"
 
@@ -168,12 +169,14 @@ static std::pair<fbk::Storage, uint8_t> storage_of(const char* argument, const T
   return {single ? fbk::Storage::float32 : fbk::Storage::bfloat16, t.dtype.bits};
 }
 
-static void pointwise(const TensorView& z, const std::optional<TensorView>& dz, const std::optional<TensorView>& scale,
-                      const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& d,
-                      const std::optional<TensorView>& kept, const std::optional<TensorView>& winner,
-                      const std::string& activation, const std::string& pool, bool pool_first, const Sizes& sizes,
-                      const TensorView& step, int64_t seed, int64_t point, double std, const std::string& kind,
-                      int64_t rows, bool antithetic, int64_t offset, int threads, const std::string& simd) {
+static void perturbed_pointwise(const TensorView& z, const std::optional<TensorView>& dz,
+                                const std::optional<TensorView>& scale, const std::optional<TensorView>& bias,
+                                const TensorView& h, const std::optional<TensorView>& d,
+                                const std::optional<TensorView>& kept, const std::optional<TensorView>& winner,
+                                const std::string& activation, const std::string& pool, bool pool_first,
+                                const Sizes& sizes, const TensorView& step, int64_t seed, int64_t point, double std,
+                                const std::string& kind, int64_t rows, bool antithetic, int64_t offset, int threads,
+                                const std::string& simd) {
   auto [storage, bits] = storage_of("z", z);
   uint8_t code = z.dtype.code;
   auto phi = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
@@ -202,36 +205,37 @@ static void pointwise(const TensorView& z, const std::optional<TensorView>& dz, 
   if (dz) expect("dz", *dz, in, code, bits, &z);
   auto [noise, noise_kind] = NoiseKey{step, seed, point, std, kind, offset}.params("z", z, nullptr, rows, w.units());
   auto data = [](const std::optional<TensorView>& t) { return t ? t->ptr<void>() : nullptr; };
-  fbk::PointwiseParams params{z.ptr<void>(),
-                              data(dz),
-                              static_cast<float*>(data(scale)),
-                              static_cast<float*>(data(bias)),
-                              h.ptr<void>(),
-                              data(d),
-                              data(kept),
-                              static_cast<uint8_t*>(data(winner)),
-                              storage,
-                              phi,
-                              pool_first,
-                              pooling,
-                              w,
-                              samples,
-                              differences,
-                              rows,
-                              noise_kind,
-                              noise};
+  fbk::PerturbedPointwiseParams params{z.ptr<void>(),
+                                       data(dz),
+                                       static_cast<float*>(data(scale)),
+                                       static_cast<float*>(data(bias)),
+                                       h.ptr<void>(),
+                                       data(d),
+                                       data(kept),
+                                       static_cast<uint8_t*>(data(winner)),
+                                       storage,
+                                       phi,
+                                       pool_first,
+                                       pooling,
+                                       w,
+                                       samples,
+                                       differences,
+                                       rows,
+                                       noise_kind,
+                                       noise};
   fbk::Simd path = simd_named(simd);
   if (h.numel() == 0) return;
-  if (is_gpu(z)) return on_gpu(z, [&](int device, void* stream) { FBK_CUDA(pointwise_cuda(params, device, stream)); });
+  if (is_gpu(z))
+    return on_gpu(z, [&](int device, void* stream) { FBK_CUDA(perturbed_pointwise_cuda(params, device, stream)); });
   py::gil_scoped_release release;
-  fbk::pointwise_cpu(params, path, threads);
+  fbk::perturbed_pointwise_cpu(params, path, threads);
 }
 
-static void linear(const TensorView& x, const std::optional<TensorView>& dx, const TensorView& weight,
-                   const std::optional<TensorView>& bias, const TensorView& h, const std::optional<TensorView>& d,
-                   const std::optional<TensorView>& kept, const std::string& activation, const TensorView& step,
-                   int64_t seed, int64_t point, double std, const std::string& kind, int64_t rows, bool antithetic,
-                   int64_t offset) {
+static void perturbed_linear(const TensorView& x, const std::optional<TensorView>& dx, const TensorView& weight,
+                             const std::optional<TensorView>& bias, const TensorView& h,
+                             const std::optional<TensorView>& d, const std::optional<TensorView>& kept,
+                             const std::string& activation, const TensorView& step, int64_t seed, int64_t point,
+                             double std, const std::string& kind, int64_t rows, bool antithetic, int64_t offset) {
   require(is_gpu(x), "x must be on a CUDA device");
   require(x.ndim == 2 && weight.ndim == 2, "x must be [samples, inputs] and weight [units, inputs]");
   const int64_t samples = x.shape[0], inputs = x.shape[1], units = weight.shape[0];
@@ -241,8 +245,8 @@ static void linear(const TensorView& x, const std::optional<TensorView>& dx, con
     if (t) expect(name, *t, shape, fbk::dl_float, 32, &x);
     return t ? t->ptr<float>() : nullptr;
   };
-  fbk::LinearParams l{};
-  fbk::PointwiseParams& b = l.behind;
+  fbk::PerturbedLinearParams l{};
+  fbk::PerturbedPointwiseParams& b = l.behind;
   b.activation = named<fbk::Activation>("activation", activation, {"identity", "relu", "tanh", "sigmoid", "gelu"});
   b.window = {1, 1, 1, 1, units, 1, 1, 1, 1, 0, 0};
   b.samples = samples, b.noise_rows = rows, b.rows = rows * (1 + antithetic);
@@ -259,7 +263,7 @@ static void linear(const TensorView& x, const std::optional<TensorView>& dx, con
   b.kept = data("kept", kept, {samples, units});
   std::tie(b.noise, b.kind) = NoiseKey{step, seed, point, std, kind, offset}.params("x", x, nullptr, rows, units);
   if (h.numel() == 0) return;
-  on_gpu(x, [&](int device, void* stream) { FBK_CUDA(linear_cuda(l, device, stream)); });
+  on_gpu(x, [&](int device, void* stream) { FBK_CUDA(perturbed_linear_cuda(l, device, stream)); });
 }
 
 static void unpool(const TensorView& delta, const TensorView& winner, const TensorView& out, const Sizes& sizes,
@@ -362,14 +366,49 @@ static void feedback(const TensorView& e, const TensorView& B, const std::option
   fbk::feedback_cpu(p, path, threads);
 }
 
-static void conv_gradient(const TensorView& delta, const TensorView& winner, const TensorView& x,
-                          const TensorView& weight_gradient, const TensorView& bias_gradient, const Sizes& geometry,
-                          const Sizes& sizes, int threads, const std::string& simd) {
+static void perturbed_cross_entropy(const TensorView& logits, const std::optional<TensorView>& perturbed,
+                                    const TensorView& target, bool antithetic, double scale, const TensorView& losses,
+                                    const TensorView& e, const TensorView& dL, const TensorView& dy,
+                                    const TensorView& ok, int threads) {
+  require(logits.ndim == 2 && logits.shape[1] >= 1, "logits must be [samples, classes]");
+  require(dL.ndim == 1, "dL must be [rows]");
+  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
+  int64_t samples = logits.shape[0], classes = logits.shape[1], rows = dL.shape[0];
+  require(rows <= samples, "dL must have at most as many rows as logits");
+  require(perturbed || !antithetic, "perturbed must be given where antithetic is true");
+  expect("logits", logits, {samples, classes}, fbk::dl_float, 64);
+  if (perturbed) expect("perturbed", *perturbed, {antithetic ? 2 * rows : rows, classes}, fbk::dl_float, 64);
+  expect("target", target, {samples}, fbk::dl_int, 64);
+  expect("losses", losses, {samples}, fbk::dl_float, 32);
+  expect("e", e, {samples, classes}, fbk::dl_float, 32);
+  expect("dL", dL, {rows}, fbk::dl_float, 32);
+  expect("dy", dy, {rows, classes}, fbk::dl_float, 32);
+  expect("ok", ok, {rows}, fbk::dl_bool, 8);
+  fbk::PerturbedCrossEntropyParams p{logits.ptr<double>(),
+                                     perturbed ? perturbed->ptr<double>() : nullptr,
+                                     target.ptr<int64_t>(),
+                                     scale,
+                                     antithetic,
+                                     losses.ptr<float>(),
+                                     e.ptr<float>(),
+                                     dL.ptr<float>(),
+                                     dy.ptr<float>(),
+                                     ok.ptr<bool>(),
+                                     samples,
+                                     classes,
+                                     rows};
+  py::gil_scoped_release release;
+  fbk::perturbed_cross_entropy_cpu(p, threads);
+}
+
+static void pooled_weight_gradient(const TensorView& delta, const TensorView& winner, const TensorView& x,
+                                   const TensorView& weight_gradient, const TensorView& bias_gradient,
+                                   const Sizes& geometry, const Sizes& sizes, int threads, const std::string& simd) {
   auto [storage, bits] = storage_of("x", x);
   const TensorView& w = weight_gradient;
   require(delta.ndim == 4 && x.ndim == 4, "delta and x must be [samples, height, width, channels]");
   require(w.ndim == 4, "weight_gradient must be [outputs, inputs, height, width]");
-  fbk::ConvGradientParams p{};
+  fbk::PooledWeightGradientParams p{};
   p.samples = x.shape[0], p.inputs = x.shape[3], p.outputs = w.shape[0];
   require(p.inputs >= 1 && p.outputs >= 1, "x and delta must have channels");
   require(w.shape[1] == p.inputs,
@@ -423,7 +462,7 @@ static void conv_gradient(const TensorView& delta, const TensorView& winner, con
   std::copy(w.strides, w.strides + 4, p.weight_strides);
   fbk::Simd path = simd_named(simd);
   py::gil_scoped_release release;
-  fbk::conv_gradient_cpu(p, path, threads);
+  fbk::pooled_weight_gradient_cpu(p, path, threads);
 }
 
 using Views = std::vector<TensorView>;
@@ -661,14 +700,14 @@ PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.def("noise", &noise, "out"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1,
         "simd"_a = "", "Fills out (float32 [samples, units]) with the noise of SPEC 6.");
-  m.def("pointwise", &pointwise, "z"_a, "dz"_a.none(true), "scale"_a.none(true), "bias"_a.none(true), "h"_a,
-        "d"_a.none(true), "kept"_a.none(true), "winner"_a.none(true), "activation"_a, "pool"_a, "pool_first"_a,
-        "sizes"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a, "antithetic"_a = false, "offset"_a = 0,
-        "threads"_a = 1, "simd"_a = "",
+  m.def("perturbed_pointwise", &perturbed_pointwise, "z"_a, "dz"_a.none(true), "scale"_a.none(true),
+        "bias"_a.none(true), "h"_a, "d"_a.none(true), "kept"_a.none(true), "winner"_a.none(true), "activation"_a,
+        "pool"_a, "pool_first"_a, "sizes"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a,
+        "antithetic"_a = false, "offset"_a = 0, "threads"_a = 1, "simd"_a = "",
         "Bias, activation, pooling and noise of activity and difference; maps are [samples, height, width, channels].");
-  m.def("linear", &linear, "x"_a, "dx"_a.none(true), "weight"_a, "bias"_a.none(true), "h"_a, "d"_a.none(true),
-        "kept"_a.none(true), "activation"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a, "rows"_a,
-        "antithetic"_a = false, "offset"_a = 0,
+  m.def("perturbed_linear", &perturbed_linear, "x"_a, "dx"_a.none(true), "weight"_a, "bias"_a.none(true), "h"_a,
+        "d"_a.none(true), "kept"_a.none(true), "activation"_a, "step"_a, "seed"_a, "point"_a, "std"_a, "kind"_a,
+        "rows"_a, "antithetic"_a = false, "offset"_a = 0,
         "A linear map, bias, activation and noise of activity and difference, on a GPU.");
   m.def("unpool", &unpool, "delta"_a, "winner"_a, "out"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "Sends the error of max-pooled maps back to the winners.");
@@ -678,8 +717,11 @@ PYBIND11_MODULE(_C, m) {
         "simd"_a = "", "out = B (I - M) + Xi^T G, and the prediction Xi' out.");
   m.def("feedback", &feedback, "e"_a, "B"_a, "kept"_a.none(true), "delta"_a, "activation"_a, "threads"_a = 1,
         "simd"_a = "", "delta = (e B^T) * phi'(kept).");
-  m.def("conv_gradient", &conv_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a, "bias_gradient"_a,
-        "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
+  m.def("perturbed_cross_entropy", &perturbed_cross_entropy, "logits"_a, "perturbed"_a.none(true), "target"_a,
+        "antithetic"_a, "scale"_a, "losses"_a, "e"_a, "dL"_a, "dy"_a, "ok"_a, "threads"_a = 1,
+        "Cross-entropies, e = softmax - onehot, and what a perturbation of the logits did.");
+  m.def("pooled_weight_gradient", &pooled_weight_gradient, "delta"_a, "winner"_a, "x"_a, "weight_gradient"_a,
+        "bias_gradient"_a, "geometry"_a, "sizes"_a, "threads"_a = 1, "simd"_a = "",
         "The weight and bias gradient of a convolution from the winners of its max-pool.");
   m.def("mirror", &mirror, "B"_a, "W"_a, "out"_a, "residual"_a, "scratch"_a.none(true), "step"_a, "seed"_a, "points"_a,
         "samples"_a, "kind"_a, "offset"_a = 0, "threads"_a = 1, "simd"_a = "",

@@ -36,7 +36,7 @@ struct DLPackExchangeAPI {
 };
 
 enum : int32_t { dl_cpu = 1, dl_cuda = 2 };
-enum : uint8_t { dl_int = 0, dl_uint = 1, dl_float = 2, dl_bfloat = 4 };
+enum : uint8_t { dl_int = 0, dl_uint = 1, dl_float = 2, dl_bfloat = 4, dl_bool = 6 };
 
 // Valid while the Python tensor lives, which is as long as the call it is an argument of.
 struct TensorView : DLTensor {

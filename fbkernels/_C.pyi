@@ -14,7 +14,7 @@ def noise(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
-def pointwise(
+def perturbed_pointwise(
     z: Tensor,
     dz: Tensor | None,
     scale: Tensor | None,
@@ -38,7 +38,7 @@ def pointwise(
     threads: int = 1,
     simd: str = "",
 ) -> None: ...
-def linear(
+def perturbed_linear(
     x: Tensor,
     dx: Tensor | None,
     weight: Tensor,
@@ -77,7 +77,20 @@ def feedback_update(
     simd: str = "",
 ) -> None: ...
 def feedback(e: Tensor, B: Tensor, kept: Tensor | None, delta: Tensor, activation: str, threads: int = 1, simd: str = "") -> None: ...
-def conv_gradient(
+def perturbed_cross_entropy(
+    logits: Tensor,
+    perturbed: Tensor | None,
+    target: Tensor,
+    antithetic: bool,
+    scale: float,
+    losses: Tensor,
+    e: Tensor,
+    dL: Tensor,
+    dy: Tensor,
+    ok: Tensor,
+    threads: int = 1,
+) -> None: ...
+def pooled_weight_gradient(
     delta: Tensor,
     winner: Tensor,
     x: Tensor,

@@ -120,6 +120,27 @@ class PerturbedLoss(nn.Module):
                 "what else follows belongs into forward, a loss of several parts is one criterion, "
                 "and mixup mixes the targets instead of the losses"
             )
+        if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
+            loss: Tensor = self.criterion(output, target)
+            with torch.no_grad():
+                flat = [step.layouts[i].units_of(step.outputs[i], step.samples) for i in chosen]
+                network.skip(torch.isfinite(flat[0] if len(flat) == 1 else torch.cat(flat, 1)).all(1))
+            learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
+        else:
+            loss, learns = self._measured(step, chosen, output, target)
+        network.current = None
+        with torch.no_grad():
+            if learns and rule.mirrors:
+                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
+                if read:
+                    rule.reflect(read, network.step, step.rows_read)
+            network.advance()
+        network.warn()
+        return loss
+
+    def _measured(self, step: Step, chosen: list[int], output: Any, target: Any) -> tuple[Tensor, bool]:
+        """The loss of what e and dL were taken of, and whether B learns from them."""
+        network, rule = step.network, step.network.settings.rule
         losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
         dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)
         with torch.no_grad():
@@ -128,21 +149,14 @@ class PerturbedLoss(nn.Module):
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
-        network.current = None
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
 
-                m.targets = true_gradients(root, step, self.per_sample, target)
-            if learns and rule.mirrors:
-                read = [network.points[name] for name in step.placement.points if network.points[name].weight is not None]
-                if read:
-                    rule.reflect(read, network.step)
-            elif learns and not network.settings.layerwise:
+                m.targets = true_gradients(self._net[0], step, self.per_sample, target)
+            if learns and not network.settings.layerwise:
                 network.schedule(m)
-            network.advance()
-        network.warn()
-        return self.per_sample.reduce(out)
+        return self.per_sample.reduce(out), learns
 
 
 def given(step: Step, output: Any) -> list[int] | None:
@@ -220,6 +234,7 @@ def signals(
     layouts, changes = [step.layouts[i] for i in chosen], [step.changes[i] for i in chosen]
     moves = step.perturbing and any(d is not None for d in changes)
     n = step.perturbed_rows if moves else step.samples
+    backend = "reference"
     if (
         per_sample.cross_entropy
         and len(chosen) == 1
@@ -229,11 +244,15 @@ def signals(
         and y.ndim == 2
         and y.dtype != torch.float64
         and not torch.compiler.is_compiling()
-        and ops.backend_of(y, step.network.settings.backend) == "triton"
     ):
-        moved = step.rows(y) + changes[0] if moves else None  # type: ignore[operator]
+        backend = ops.backend_of(y, step.network.settings.backend)
+    if backend in ("cpp", "triton"):
+        moved: Tensor | None = None
+        if moves:
+            own = step.rows(y)
+            moved = (own.double() if backend == "cpp" else own) + changes[0]  # type: ignore[operator]
         losses, e, dL, dy, ok = ops.perturbed_cross_entropy(
-            y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend="triton"
+            y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
     losses, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)

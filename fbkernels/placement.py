@@ -38,6 +38,8 @@ class Placement:
     outputs: tuple[Rows | None, ...] = ()
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
+    products: int = 0  # of numbers by layers' weights, in the forward of one sample
+    answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
     @property
@@ -79,6 +81,8 @@ class Recorder(TorchFunctionMode):
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.inputs = [self.value(t) for t in inputs]
         self.checkpoints = False
+        self.products = 0
+        self.sizes: dict[str, int] = {}  # of layers' weights
 
     def checkpoint(self, fn: Any) -> Any:
         """What torch.utils.checkpoint runs."""
@@ -144,7 +148,11 @@ class Recorder(TorchFunctionMode):
             call.outs = [self.value(t) for t in results]
         first = args[0] if args else kwargs.get("input")
         if kind == "layer" and self.known_before(first, ins):
-            call.layer = self.layer(args[1] if len(args) > 1 else kwargs["weight"])
+            assert isinstance(first, Tensor)
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            call.layer = self.layer(weight)
+            self.sizes[call.layer[0]] = weight.numel()
+            self.products += (first if "transpose" in name else out).numel() * weight[0].numel()
         call.group = name.removesuffix("_") in GROUP or _mask(name, args, ins)
         self.calls.append(call)
         return out

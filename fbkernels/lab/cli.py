@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", choices=NAMES, help="default: digits, which needs no files")
     p.add_argument("--data-dir", metavar="DIR", help="folder with the published files of mnist, cifar10 or cifar100")
     p.add_argument("--model", choices=tuple(MODELS), help=f"default: {default.model}")
+    p.add_argument("--width", type=float, metavar="F", help="of the large models: a factor of channels and hidden units")
     p.add_argument("--feedback", choices=("direct", "layerwise"), help="default: the model's")
     p.add_argument(
         "--rule",
@@ -153,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, metavar="STEPS", help="first steps in which only B learns")
     p.add_argument("--device", help=f"default: {default.device}")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: bfloat16 on a GPU, but mlp and cnn")
-    p.add_argument("--compile", action="store_true", help="torch.compile; direct feedback")
+    p.add_argument("--compile", action="store_true", help="torch.compile; not ridge, lms, nlms and joint in layerwise")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: 1 for mlp, else torch's choice")
     where = p.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="new or empty folder for the results; default: a new one in runs/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,22 +39,28 @@ def cnn(shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     return nn.Sequential(layers)
 
 
-def paper_cnn(shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Sequential:
+def paper_cnn(shape: tuple[int, int, int], classes: int, width: float = 1.0, norm: bool = False) -> nn.Sequential:
     """The paper's CNN for CIFAR-100: 5x5 convolutions 96-128-256, each with relu and 3x3/2 max-pooling, fc 2048-2048 with dropout.
 
-    The authors pad the pooling at the bottom and the right; torch at the top and the left, which mirrors the images.
+    ``norm``: a BatchNorm behind each layer, which keeps the activities bounded while B is young; the authors have none. They pad the
+    pooling at the bottom and the right; torch at the top and the left, which mirrors the images.
     """
     channels, height, side = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for i, units in enumerate((96, 128, 256), 1):
         units = round(units * width)
         layers[f"conv{i}"] = nn.Conv2d(channels, units, 5, padding=2)
+        if norm:
+            layers[f"bn{i}"] = nn.BatchNorm2d(units)
         layers[f"relu{i}"], layers[f"pool{i}"] = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
         channels, height, side = units, (height + 1) // 2, (side + 1) // 2
     layers["flatten"] = nn.Flatten()
     features, hidden = channels * height * side, round(2048 * width)
     for i in (1, 2):
-        layers[f"fc{i}"], layers[f"relu{i + 3}"], layers[f"dropout{i}"] = nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(0.5)
+        layers[f"fc{i}"] = nn.Linear(features, hidden)
+        if norm:
+            layers[f"bn{i + 3}"] = nn.BatchNorm1d(hidden)
+        layers[f"relu{i + 3}"], layers[f"dropout{i}"] = nn.ReLU(), nn.Dropout(0.5)
         features = hidden
     layers["out"] = nn.Linear(hidden, classes)
     return nn.Sequential(layers)
@@ -121,19 +128,22 @@ def _residual(
     return nn.Sequential(layers)
 
 
-def resnet20(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Sequential:
+def resnet20(shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Sequential:
     """He et al. 2016 for CIFAR: three stages of three basic blocks, 16-32-64 wide, with 1x1 convolutions as shortcuts."""
-    return _residual(BasicBlock, shape, classes, width, (width, 2 * width, 4 * width), 3)
+    w = round(16 * width)
+    return _residual(BasicBlock, shape, classes, w, (w, 2 * w, 4 * w), 3)
 
 
-def resnet18(shape: tuple[int, int, int], classes: int, width: int = 64) -> nn.Sequential:
+def resnet18(shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Sequential:
     """He et al. 2016, four stages of two basic blocks, 64-128-256-512 wide, with the stem that is usual for CIFAR."""
-    return _residual(BasicBlock, shape, classes, width, (width, 2 * width, 4 * width, 8 * width), 2)
+    w = round(64 * width)
+    return _residual(BasicBlock, shape, classes, w, (w, 2 * w, 4 * w, 8 * w), 2)
 
 
-def wrn16_4(shape: tuple[int, int, int], classes: int, width: int = 16) -> nn.Sequential:
+def wrn16_4(shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Sequential:
     """Zagoruyko & Komodakis 2016, WRN-16-4: three stages of two pre-activation blocks, 64-128-256 wide."""
-    return _residual(PreActivationBlock, shape, classes, width, (4 * width, 8 * width, 16 * width), 2)
+    w = round(16 * width)
+    return _residual(PreActivationBlock, shape, classes, w, (4 * w, 8 * w, 16 * w), 2)
 
 
 def block_points(net: nn.Module) -> list[str] | None:
@@ -143,10 +153,11 @@ def block_points(net: nn.Module) -> list[str] | None:
     return [children[children.index("layer1") - 1], *blocks] if blocks else None
 
 
-MODELS: dict[str, Callable[[tuple[int, int, int], int], nn.Sequential]] = {
+# from shape and classes, and but for the first two from width, a factor of channels and hidden units
+MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": mlp,
     "cnn": cnn,
-    "paper_cnn": paper_cnn,
+    "paper_cnn": partial(paper_cnn, norm=True),
     "resnet20": resnet20,
     "resnet18": resnet18,
     "wrn16_4": wrn16_4,

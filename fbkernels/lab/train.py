@@ -107,6 +107,7 @@ class Settings:
     data: str = "digits"
     data_dir: str | None = None
     model: str = "mlp"
+    width: float = 1.0  # a factor of the channels and hidden units of the large models
     feedback: str = "layerwise"
     rule: str = "ridge"
     rule_args: Mapping[str, float] = field(default_factory=dict)
@@ -139,6 +140,8 @@ class Settings:
     def __post_init__(self) -> None:
         one_of("data", self.data, NAMES)
         one_of("model", self.model, MODELS)
+        if positive("width", self.width) != 1 and self.model in ("mlp", "cnn"):
+            raise ValueError(f"width must be 1 with {self.model}, got {self.width}")
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         one_of("schedule", self.schedule, ("constant", "cosine"))
         one_of("points", self.points, ("layer", "block"))
@@ -279,7 +282,8 @@ def build(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: nn.Module = MODELS[s.model](shape, classes).to(s.device)
+        narrowed = {} if s.width == 1 else {"width": s.width}
+        net: nn.Module = MODELS[s.model](shape, classes, **narrowed).to(s.device)
     if s.model != "mlp":
         net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
     criterion: nn.Module = nn.CrossEntropyLoss(label_smoothing=s.label_smoothing)
@@ -294,8 +298,8 @@ def build(
         rule = make(**s.rule_args) if method == s.rule else make()
         if method != s.rule and feedback not in rule.structures:
             (feedback,) = rule.structures
-        if s.compile and feedback == "layerwise":
-            raise ValueError(f"compile: layerwise feedback cannot be compiled, and {method} has that")
+        if s.compile and feedback == "layerwise" and rule.adapts and rule.regresses:
+            raise ValueError(f"compile: {method} cannot be compiled in layerwise feedback")
         decay = rule.decay / lr if isinstance(rule, fb.KolenPollack) else decay
         blocks = feedback == "direct" and s.points == "block"
         shapes = feedback == "direct" and not rule.private  # its B

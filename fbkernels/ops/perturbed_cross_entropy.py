@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fbkernels import reference as definition
+from fbkernels.ops import _op
 from fbkernels.ops._op import Op, kernels
 
 
@@ -25,11 +26,12 @@ def perturbed_cross_entropy(
 
     ``dL = L(y~) - L(y)``, antithetic ``(L(y+) - L(y-)) / 2``; ``dy`` the same of the logits. Backend "triton" does it in one launch in
     float32, with ``d = y~ - y``, ``s = softmax(y)`` and target t as ``dL = log1p(sum_k s_k expm1(d_k - d_t))``, which keeps its digits
-    where the two losses agree in theirs; "reference", which "auto" takes elsewhere, in float64 from the definition.
+    where the two losses agree in theirs; "cpp" and "reference" in float64 from the definition.
 
     Args:
         logits: y, [N, K].
-        perturbed: y~ of the first samples, [rows, K], or +xi then -xi, [2 rows, K]; None: none, rows = N and dL = dy = 0.
+        perturbed: y~ of the first samples, [rows, K], or +xi then -xi, [2 rows, K]; None: none, rows = N and dL = dy = 0. With "cpp" it
+            may be float64 beside float32 logits.
         target: class indices, int64 [N]; -100 is ignored: loss, e and dL are 0.
         antithetic: whether ``perturbed`` holds both signs.
         scale: 0-dim, of losses, e and dL: what makes a mean of them the mean over the targets that count.
@@ -92,9 +94,17 @@ def reference(a: Any) -> tuple[Tensor, ...]:
     return *(t.to(torch.promote_types(a.logits.dtype, torch.float32)) for t in exact), ok
 
 
+def cpp(a: Any) -> tuple[Tensor, ...]:
+    check(a)
+    out, scale = outputs(a), 1.0 if a.scale is None else float(a.scale)
+    y, p = (t if t is None else t.to(torch.float64).contiguous() for t in (a.logits, a.perturbed))
+    _op.C.perturbed_cross_entropy(y, p, a.target.contiguous(), a.antithetic, scale, *out, torch.get_num_threads())
+    return out
+
+
 def triton(a: Any) -> tuple[Tensor, ...]:
     scale = None if a.scale is None else a.scale.float()
     return kernels().perturbed_cross_entropy(*a[:4], scale)  # type: ignore[no-any-return]
 
 
-op = Op(SCHEMA, outputs, {"reference": reference, "triton": triton}, check)
+op = Op(SCHEMA, outputs, {"reference": reference, "cpp": cpp, "triton": triton}, check)

@@ -129,7 +129,7 @@ def cuda(a: Call) -> tuple[Tensor, ...]:
         out, k = behind(a.behind(product(a))), a.key
         tensors = (None if t is None else t.contiguous() for t in a[:4])
         key = (k.step, k.seed, k.point, k.std, k.kind, k.rows, a.antithetic, k.offset)
-        _op.C.linear(*tensors, *given(*out[:3]), a.activation, *key)
+        _op.C.perturbed_linear(*tensors, *given(*out[:3]), a.activation, *key)
         return *out, *ride(a.x, k, a.ride, a.backend)
 
     run = {"kernel": kernel, "library": lambda: library(a)}

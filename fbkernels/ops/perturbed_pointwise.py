@@ -249,7 +249,7 @@ def compiled(a: Call) -> tuple[Tensor, ...]:
     w, k = a.window, a.key
     how = (a.activation, w.pool, w.first, (*w.kernel_size, *w.stride, *w.padding))
     key = (k.step, k.seed, k.point, k.std, k.kind, k.rows, a.antithetic, k.offset)
-    _op.C.pointwise(z, dz, scale, bias, *into, *how, *key, torch.get_num_threads())
+    _op.C.perturbed_pointwise(z, dz, scale, bias, *into, *how, *key, torch.get_num_threads())
     return *out, *ride(a.z, k, a.ride, a.backend)
 
 

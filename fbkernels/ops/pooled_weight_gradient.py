@@ -31,7 +31,7 @@ def cpp(a: Any) -> tuple[Tensor, Tensor]:
     weight, bias = outputs(a, torch.float32)
     delta, winner, x = (maps(dense(t)) for t in (a.delta.float(), a.winner, a.x))
     geometry, sizes = (*a.stride, *a.padding, *a.dilation), (*a.kernel_size, *a.pool_stride, *a.pool_padding)
-    _op.C.conv_gradient(delta, winner, x, weight, bias, geometry, sizes, torch.get_num_threads())
+    _op.C.pooled_weight_gradient(delta, winner, x, weight, bias, geometry, sizes, torch.get_num_threads())
     return weight.to(a.weight.dtype), bias.to(a.weight.dtype)
 
 

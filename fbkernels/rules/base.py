@@ -123,6 +123,11 @@ class Rule:
         """B before the first step, from standard normal numbers of its shape: zero, the ridge's own prior."""
         return torch.zeros_like(normal)
 
+    @property
+    def measures(self) -> bool:
+        """Whether it needs the loss of each sample and e in ``layerwise``, where the output's gradient is autograd's."""
+        return self.private or (self.adapts and self.regresses)
+
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         """(M, G) of B <- B (I - M) + Xi^T G, or ((R, Q), w) of M = R^T Q and G = w * Q, which costs less where N < m."""
         raise NotImplementedError(f"{type(self).__name__} does not update B")
@@ -139,8 +144,9 @@ class Rule:
     def settle(self, point: FeedbackPoint) -> None:
         """Before a layerwise B is used for the first time."""
 
-    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor) -> None:
-        """``mirrors``: learn the B of all layers, at the end of a training step's forward."""
+    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor, rows: int) -> None:
+        """``mirrors``: learn the B of all layers, at the end of a training step's forward, in which each number of their weights met so
+        many others."""
         raise NotImplementedError
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fbkernels.training.point import FeedbackPoint
 
 SETTLED = 0.0025  # |W - B|^2 / |W|^2: 2.9 degrees
+MOST, LEAST = 512, 16  # samples a step; by fewer B follows W too slowly: a network of 500 units then takes 30 steps
 
 
 class WeightMirror(Rule):
@@ -23,11 +24,12 @@ class WeightMirror(Rule):
     noise of the layer's own fan-in n, ``B <- B + Xi^T (Z - Xi B) / (S + n - 1)``.
 
     By that E|W - B|^2 falls to (n - 1) / (S + n - 1) a step, to zero, since the answer has no noise. It needs no loss, no batch and no
-    second stream. B is zero at the start, and mirrored before its first use until it knows W to three degrees (at most ``cap`` times the
-    samples that theory needs for that). Every process computes the same B from the same counters, and sends nothing. Layerwise only.
+    second stream. B is zero at the start, and mirrored before its first use until it knows W to three degrees (at most twice the samples
+    that theory needs for that). Every process computes the same B from the same counters, and sends nothing. Layerwise only.
 
     Args:
-        samples: S, answers a layer and step.
+        samples: S, answers a layer and step. None: as many as cost a twentieth of what the step multiplies otherwise, from 16 to 512; a
+            convnet has 512, an MLP of 500 units with a batch of 128 about 20.
 
     Raises:
         TypeError, ValueError: samples is no integer >= 1.
@@ -38,37 +40,32 @@ class WeightMirror(Rule):
     regresses = False
     mirrors = True
 
-    def __init__(self, samples: int = 512) -> None:
-        self.samples = integer("samples", samples, 1)
+    def __init__(self, samples: int | None = None) -> None:
+        self.samples = None if samples is None else integer("samples", samples, 1)
 
     def settle(self, point: FeedbackPoint) -> None:
         B, W = self._pair(point)
+        seed, backend = point.network.settings.seed, point.network.settings.backend
         n, left = B[:1].numel(), 1.0
         step = torch.full((), 2**32 - 1, dtype=torch.int64, device=B.device)  # a step that training does not reach
         offset, draws = 0, 4
-        needed = 2 * 6 * (n + 1 + self.samples) // self.samples + 8  # e^-6 is SETTLED: twice that
+        S = self.samples or MOST
+        needed = 2 * 6 * (n + 1 + S) // S + 8  # e^-6 is SETTLED: twice that
         while left > SETTLED and needed > 0:
-            (B,), residual = ops.mirror([B], [W], step, *self._key(point), draws=draws, offset=offset, **self._how(point))
+            (B,), residual = ops.mirror([B], [W], step, seed, [point.index], S, "rademacher", draws=draws, offset=offset, backend=backend)
             if B.is_meta:  # one turn shows the memory that they all take
                 break
-            left, offset, needed = float(residual), offset + draws * self.samples, needed - draws
+            left, offset, needed = float(residual), offset + draws * S, needed - draws
         self._store(point, B)
 
-    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor) -> None:
-        pairs = [self._pair(point) for point in points]
-        seed, _, samples, kind = self._key(points[0])
-        new, _ = ops.mirror(
-            [B for B, _ in pairs], [W for _, W in pairs], step, seed, [p.index for p in points], samples, kind, **self._how(points[0])
-        )
+    def reflect(self, points: Sequence[FeedbackPoint], step: Tensor, rows: int) -> None:
+        settings, pairs = points[0].network.settings, [self._pair(point) for point in points]
+        paid = 3 * rows // 40  # three products of rows each are the step, two of S each the mirror
+        S = self.samples or min(MOST, max(LEAST, paid))
+        key = (settings.seed, [point.index for point in points], S, "rademacher")
+        new, _ = ops.mirror([B for B, _ in pairs], [W for _, W in pairs], step, *key, backend=settings.backend)
         for point, B in zip(points, new, strict=True):
             self._store(point, B)
-
-    def _key(self, point: FeedbackPoint) -> tuple[int, list[int], int, str]:
-        settings = point.network.settings
-        return settings.seed, [point.index], self.samples, "rademacher"
-
-    def _how(self, point: FeedbackPoint) -> dict[str, str]:
-        return {"backend": point.network.settings.backend}
 
     def _pair(self, point: FeedbackPoint) -> tuple[Tensor, Tensor]:
         """B and W, a row for each output."""
@@ -80,5 +77,7 @@ class WeightMirror(Rule):
     def _store(self, point: FeedbackPoint, B: Tensor) -> None:
         assert point.connection is not None and point.weight is not None
         B, before = point.connection.unanswers(B, point.weight.shape), point.state["B"]
+        if point.network.static:  # whose memory the new one takes
+            before = before.clone()
         point.store(B if point.connection.convolution else B.T)
         point.check(before)

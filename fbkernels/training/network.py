@@ -135,6 +135,7 @@ class Network(Stateful):
                 raise RuntimeError("a training step of several processes cannot be compiled yet: leave torch.compile out")
             if not self.processes.agreed:
                 self.processes.agree(self._description())
+                placement.products = self.processes.most(placement.products)  # one that begins with no sample has not seen them
             if perturbing or (learning and rule.adapts):
                 step.part = self.processes.part(step.perturbed_rows)
         self.offset = step.offset
@@ -186,6 +187,8 @@ class Network(Stateful):
         self._number(root, placement)
         with torch.no_grad():
             settle(self, placement, recorder, root, args, kwargs)
+        placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
+        placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
         return placement
 
     def adopt(self, other: Network) -> None:
@@ -270,12 +273,15 @@ class Network(Stateful):
     def _capture(self) -> None:
         """A CUDA graph replays what this step does with the tensors that it finds now."""
         settings, rule = self.settings, self.settings.rule
-        if settings.layerwise or rule.supervised or settings.every > 1 or self.steps < settings.warmup or self.processes is not None:
+        refused = rule.measures or rule.statistics if settings.layerwise else rule.supervised
+        if refused or settings.every > 1 or self.steps < settings.warmup or self.processes is not None:
             raise RuntimeError(
-                "a CUDA graph can hold a training step with direct feedback, a rule that needs no second pass, every=1, after the warm-up, "
-                "in one process"
+                "a CUDA graph can hold a training step with direct feedback and a rule that needs no second pass, or with layerwise "
+                "feedback and WeightMirror, Fixed, SignSymmetric or WeightTransport; every=1, after the warm-up, in one process"
             )
-        learns = type(rule).learn is Rule.learn and rule.adapts
+        if settings.layerwise and rule.learned and any("B" not in point.state for point in self.points.values()):
+            raise RuntimeError("take a training step before the capture of one: it makes B")
+        learns = type(rule).learn is Rule.learn and rule.adapts and not settings.layerwise
         if learns and any(point.pending is None for point in self.points.values()):
             raise RuntimeError("take a training step right before the capture of one: it makes B, its statistics and its pending update")
         self.static = True
@@ -294,14 +300,18 @@ class Network(Stateful):
             self.state["C"] = (Q * R.diagonal().sign()).to(self.step.device)
         return t @ self.state["C"].to(t.dtype)
 
+    def skip(self, ok: Tensor) -> None:
+        """Count the samples that are not ok, of all processes."""
+        skipped = (~ok).sum()
+        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
+
     def measure(self, step: Step, e: Tensor, dL: Tensor, dy: Tensor, ok: Tensor, dtype: torch.dtype) -> Measurement:
         """What the step showed: the loss change of each perturbed sample and e = dL/doutput, or e C; samples that are not ok count as
         zero."""
         settings, n = self.settings, len(ok)
         w = (dL / settings.noise_std**2).to(dtype)
         ok = ok & torch.isfinite(w)
-        skipped = (~ok).sum()
-        self.skipped.add_(skipped if self.processes is None else self.processes.sum(skipped))
+        self.skip(ok)
         r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
         prediction: Tensor | float = 0.0
         if step.predictions:

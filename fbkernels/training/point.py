@@ -229,8 +229,10 @@ class FeedbackPoint(Stateful):
             if new:
                 with torch.no_grad():
                     rule.settle(self)
-        B = self.network.settings.rule.feedback(self)
+        B = rule.feedback(self)
         assert B is not None
+        if self.network.static and rule.mirrors:  # it learns in place before the backward pass reads it
+            B = B.clone()
         return B if connection.convolution else B.T
 
     def flush(self, predicted_rows: int = 0) -> Tensor | None:

@@ -41,6 +41,11 @@ class Processes:
         dist.all_gather(list(counts), torch.tensor([rows]), group=self.host)
         return Part(self, tuple(counts.flatten().tolist()))
 
+    def most(self, n: int) -> int:
+        counts = torch.empty(self.size, 1, dtype=torch.int64)
+        dist.all_gather(list(counts), torch.tensor([n]), group=self.host)
+        return int(counts.max())
+
     def sum(self, t: Tensor) -> Tensor:
         t = t.contiguous().clone()
         dist.all_reduce(t, group=self.group)

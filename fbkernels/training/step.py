@@ -55,6 +55,12 @@ class Step:
         """The index of this process' first perturbed row among those of all."""
         return 0 if self.part is None else self.part.before
 
+    @property
+    def rows_read(self) -> int:
+        """Layerwise: products of the forward for each number in the weights of the layers that read a point, of all processes together."""
+        samples = self.samples if self.part is None else self.part.total
+        return samples * self.placement.products // max(1, self.placement.answering)
+
     def partial(self) -> bool:
         return self.antithetic or self.perturbed_rows != self.samples
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 CALLS = 10_000
-ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError)
+ALLOWED = (ValueError, TypeError, RuntimeError, OverflowError, IndexError)
 STEP = torch.tensor(3)
 
 
-def pointwise() -> dict[str, Any]:
+def perturbed_pointwise() -> dict[str, Any]:
     z, h = torch.randn(3, 6, 5, 7), torch.empty(3, 3, 3, 7)
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
     out = {"h": h, "d": torch.empty(2, 3, 3, 7), "kept": torch.empty_like(h), "winner": torch.empty_like(h, dtype=torch.uint8)}
@@ -40,7 +40,7 @@ def pointwise() -> dict[str, Any]:
     }
 
 
-def linear() -> dict[str, Any]:
+def perturbed_linear() -> dict[str, Any]:
     noise = {"step": STEP, "seed": 1, "point": 2, "std": 0.1, "kind": "gaussian", "rows": 2, "antithetic": False, "offset": 0}
     out = {"h": torch.empty(3, 7), "d": torch.empty(2, 7), "kept": torch.empty(3, 7)}
     layer = {"x": torch.randn(3, 6), "dx": torch.randn(2, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
@@ -53,7 +53,7 @@ def unpool() -> dict[str, Any]:
     return {"delta": delta, "winner": winner, "out": out, "sizes": (3, 3, 2, 2, 1, 1), "threads": 2, "simd": ""}
 
 
-def conv_gradient() -> dict[str, Any]:
+def pooled_weight_gradient() -> dict[str, Any]:
     delta = torch.randn(3, 3, 3, 7)  # of maps [6, 5], behind a 3x3 kernel over 4 channels
     winner = torch.full(delta.shape, 4, dtype=torch.uint8)
     out = {"weight_gradient": torch.empty(7, 4, 3, 3), "bias_gradient": torch.empty(7)}
@@ -120,6 +120,12 @@ def fused_mlp() -> dict[str, Any]:
     }
 
 
+def perturbed_cross_entropy() -> dict[str, Any]:
+    double = {"logits": torch.randn(4, 5).double(), "perturbed": torch.randn(6, 5).double()}
+    out = {"losses": torch.empty(4), "e": torch.empty(4, 5), "dL": torch.empty(3), "dy": torch.empty(3, 5), "ok": torch.empty(3) > 0}
+    return {**double, "target": torch.tensor([0, 4, -100, 2]), "antithetic": True, "scale": 0.5, **out, "threads": 2}
+
+
 def mirror(gpu: bool = False) -> dict[str, Any]:
     B, W, out = ([f(7, 9), f(3, 9)] for f in (torch.randn, torch.randn, torch.empty))
     key = {"step": STEP, "seed": 1, "points": [2, 2], "samples": 70, "kind": "gaussian", "offset": 0, "threads": 2, "simd": ""}
@@ -134,19 +140,20 @@ def noise() -> dict[str, Any]:
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "noise": noise,
     "philox": lambda: {"counter": [1, 2, 3, 4], "key": [5, 6]},
-    "pointwise": pointwise,
+    "perturbed_pointwise": perturbed_pointwise,
     "unpool": unpool,
-    "conv_gradient": conv_gradient,
+    "pooled_weight_gradient": pooled_weight_gradient,
     "feedback_update": feedback_update,
     "feedback": feedback,
+    "perturbed_cross_entropy": perturbed_cross_entropy,
     "mirror": mirror,
     "fused_mlp": fused_mlp,
     "ridge_gain": ridge_gain,
     "shuffle": lambda: {"out": torch.empty(9, dtype=torch.int64), "seed": 1, "epoch": 2},
 }
 # on a GPU, whose fused_mlp leaves it to the caller that rows and classes are within bounds
-ON_GPU = {name: GOOD[name] for name in ("noise", "pointwise", "unpool", "feedback", "ridge_gain")}
-ON_GPU |= {"linear": linear, "feedback_update": lambda: feedback_update(parts=1), "mirror": lambda: mirror(gpu=True)}
+ON_GPU = {name: GOOD[name] for name in ("noise", "perturbed_pointwise", "unpool", "feedback", "ridge_gain")}
+ON_GPU |= {"perturbed_linear": perturbed_linear, "feedback_update": lambda: feedback_update(parts=1), "mirror": lambda: mirror(gpu=True)}
 HARMLESS = {"build_info", "simd_paths"}  # take no arguments
 NUMBERS = (0, 1, -1, 2, 3, 7, 2**31 - 1, 2**31, 2**32, -(2**63), 2**63 - 1, 2**63, 2**64, 0.5, -0.0, 1e39, float("nan"), float("inf"), True)
 OTHERS = (None, "", "gaussian", "max", "avx512", "\0", "x" * 1000, [], (), {}, object(), torch, b"bytes", 1j)
@@ -225,7 +232,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("where", ["cpu", "emulated"])
 def test_malformed_calls_never_crash(where: str) -> None:
     command = [sys.executable, "-P", "-X", "faulthandler", __file__, "1", where]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert float(run.stdout) > 1 / 2  # most of them are malformed indeed

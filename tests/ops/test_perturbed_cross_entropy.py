@@ -19,7 +19,8 @@ from fbkernels import ops, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 2.0**-24
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "cpp")
+KERNELS = ("triton",) if DEVICE == "cuda" else ("triton", "cpp")
 SUM = 16  # units of EPS that exp, expm1, a division and a sum over up to 1,024 classes in halves may lose
 
 
@@ -62,7 +63,13 @@ def change_error(y: Tensor, p: Tensor, target: Tensor) -> Tensor:
     return torch.where(x.abs().amax(1) > 64, far, near)
 
 
-def check(y: Tensor, p: Tensor | None, target: Tensor, antithetic: bool = False, backend: str = "triton") -> None:
+def check(y: Tensor, p: Tensor | None, target: Tensor, antithetic: bool = False, backend: str | None = None) -> None:
+    takes = [b for b in KERNELS if b != "cpp" or y.dtype != torch.float16]
+    for kernel in takes if backend is None else [backend]:
+        check_on(kernel, y, p, target, antithetic)
+
+
+def check_on(backend: str, y: Tensor, p: Tensor | None, target: Tensor, antithetic: bool) -> None:
     given = [t if t is None else t.to(DEVICE) for t in (y, p, target)]
     got = [t.cpu() for t in fn.perturbed_cross_entropy(*given, antithetic, backend=backend)]
     want = reference.perturbed_cross_entropy(y, p, target, antithetic)
@@ -125,13 +132,14 @@ def test_a_large_gain_or_loss_keeps_its_digits() -> None:
 @pytest.mark.parametrize("antithetic", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["clean", "perturbed"])
-def test_samples_that_are_not_finite_teach_nothing(bad: float, where: str, antithetic: bool) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_samples_that_are_not_finite_teach_nothing(backend: str, bad: float, where: str, antithetic: bool) -> None:
     y, target = logits(6, 5, 1.0, 0)
     p = (y + 0.1).repeat(1 + antithetic, 1)
     (y if where == "clean" else p)[2, 1] = bad
     (y if where == "clean" else p)[4, target[4]] = bad
     losses, e, dL, dy, ok = (
-        t.cpu() for t in fn.perturbed_cross_entropy(y.to(DEVICE), p.to(DEVICE), target.to(DEVICE), antithetic, backend="triton")
+        t.cpu() for t in fn.perturbed_cross_entropy(y.to(DEVICE), p.to(DEVICE), target.to(DEVICE), antithetic, backend=backend)
     )
     want = reference.perturbed_cross_entropy(y, p, target, antithetic)
     assert torch.equal(ok, want[4])
@@ -145,8 +153,9 @@ def test_samples_that_are_not_finite_teach_nothing(bad: float, where: str, antit
 def test_targets_that_are_no_classes() -> None:
     y, _ = logits(6, 5, 1.0, 0)
     target = torch.tensor([0, 5, -1, -100, 2**62, 7])
-    with pytest.raises(IndexError):
-        fn.perturbed_cross_entropy(y, y, target, backend="reference")
+    for backend in ("reference", "cpp"):
+        with pytest.raises(IndexError, match="target" if backend == "cpp" else None):
+            fn.perturbed_cross_entropy(y, y, target, backend=backend)
     losses, e, dL, dy, ok = (t.cpu() for t in fn.perturbed_cross_entropy(y.to(DEVICE), y.to(DEVICE), target.to(DEVICE), backend="triton"))
     assert ok.tolist() == [True, False, False, True, False, False]
     assert torch.equal(losses.isnan(), ~ok) and torch.equal(e.isnan().all(1), ~ok)
@@ -162,13 +171,14 @@ def test_nothing_is_written_or_read_beyond() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, float("inf")])
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_scale(scale: float) -> None:
+def test_the_scale(backend: str, scale: float) -> None:
     """Of losses, e and dL; infinite where every target is ignored, and then nothing is ok, as in torch."""
     y, target = logits(6, 5, 1.0, 0)
     target[3:] = -100
     p, by = y + 0.1 * torch.randn(6, 5), torch.tensor(scale)
-    got = fn.perturbed_cross_entropy(y.to(DEVICE), p.to(DEVICE), target.to(DEVICE), scale=by.to(DEVICE), backend="triton")
+    got = fn.perturbed_cross_entropy(y.to(DEVICE), p.to(DEVICE), target.to(DEVICE), scale=by.to(DEVICE), backend=backend)
     want = reference.perturbed_cross_entropy(y, p, target, False, by)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.cpu().double(), w.double(), rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -129,7 +129,7 @@ def test_every_instruction_set_and_thread_count(call: dict[str, Any], threads: i
             sizes = (*call["kernel_size"], *call["stride"], *call["padding"])
             names = ("step", "seed", "point", "std", "kind", "rows", "antithetic", "offset")
             key = [call[k] for k in names]
-            _C.pointwise(
+            _C.perturbed_pointwise(
                 z, dz, call["scale"], call["bias"], *given, call["activation"], call["pool"], call["pool_first"], sizes, *key, t, simd
             )
             results.append(out)

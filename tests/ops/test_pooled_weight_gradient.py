@@ -61,7 +61,7 @@ def raw(p: dict[str, Any]) -> dict[str, Any]:
 
 def native(p: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     arguments = raw(p)
-    _C.conv_gradient(**arguments, **options)
+    _C.pooled_weight_gradient(**arguments, **options)
     return arguments["weight_gradient"], arguments["bias_gradient"]
 
 
@@ -247,7 +247,7 @@ BYTES = {"dtype": torch.uint8}
 )
 def test_the_compiled_part_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        _C.conv_gradient(**raw(problem()) | change)
+        _C.pooled_weight_gradient(**raw(problem()) | change)
 
 
 def test_mixed_precision() -> None:

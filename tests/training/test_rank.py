@@ -179,7 +179,7 @@ def test_summary() -> None:
 
 
 def test_what_the_docs_say_was_measured() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     rows = json.loads((root / "bench" / "results" / "share.json").read_text())["rank"]["rows"]
     full, half = (next(r for r in rows if (r["rank"], r["signal"]) == (rank, "output")) for rank in (None, 50))
     angles = [" ".join(f"{a:.0f}" for a in r["angles"]["38400"]) for r in (half, full)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fbkernels as fb
 from fbkernels import reference
@@ -735,3 +737,43 @@ def test_a_non_finite_sample_is_skipped(rule: fb.Rule, structure: str) -> None:
         assert all(not torch.equal(a, b) for a, b in zip(got[0], before, strict=True))
         reads = not isinstance(rule, fb.WeightMirror)  # whose samples are its own
         assert all(torch.equal(a, b) != reads for a, b in zip(got[0], got[1], strict=True))
+
+
+def tall(sizes: tuple[int, ...]) -> nn.Sequential:
+    return nn.Sequential(*(m for i, o in itertools.pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())))[:-1]
+
+
+def grouped(*after: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *after)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "samples", "expected"),
+    [
+        (lambda: tall((784, 500, 500, 10)), (128, 784), None, 3 * (128 * (784 * 500 + 500 * 500 + 5000) // (500 * 500 + 5000)) // 40),
+        (lambda: tall((9, 8, 4)), (4, 9), None, 16),
+        (lambda: tall((9, 8, 4)), (4, 9), 7, 7),
+        (lambda: grouped(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 3)), (20, 3, 8, 8), None, 29),
+        (lambda: grouped(nn.ConvTranspose2d(4, 3, 3)), (40, 3, 8, 8), None, 216),
+        (lambda: grouped(nn.Conv2d(4, 3, 3)), (99, 3, 30, 30), None, 512),
+    ],
+)
+def test_a_mirror_costs_a_twentieth_of_the_step(
+    model: Callable[[], nn.Module], shape: tuple[int, ...], samples: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = fb.convert(model(), feedback="layerwise", rule=fb.WeightMirror(samples=samples))
+    criterion, x, seen = fb.PerturbedLoss(nn.MSELoss(), net), torch.randn(shape), []
+    with torch.no_grad():
+        y = torch.randn_like(net(x))
+    criterion(net(x), y).backward()
+    mirror = fb.rules.weight_mirror.ops.mirror
+    monkeypatch.setattr(fb.rules.weight_mirror.ops, "mirror", lambda *args, **o: (seen.append(args[5]), mirror(*args, **o))[1])
+    criterion(net(x), y).backward()
+    assert seen == [expected]
+    if samples is None and expected not in (16, 512):
+        read = [p.weight for p in fb.points(net).values()]
+        counted = FlopCounterMode(display=False)
+        with counted, torch.no_grad():
+            net.eval()(x)
+        mirrored, forward = 2 * expected * sum(w.numel() for w in read), counted.get_total_flops() / 2
+        assert 0.04 < mirrored / (3 * forward) <= 0.05

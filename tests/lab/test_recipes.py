@@ -38,8 +38,13 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, width in (("paper_cnn", 0.05), ("resnet20", 8), ("resnet18", 8), ("wrn16_4", 2)):  # fewer channels crash torch: layers.py
-        monkeypatch.setitem(models.MODELS, name, partial(getattr(models, name), width=width))
+    for name, width in (
+        ("paper_cnn", 0.05),
+        ("resnet20", 1 / 2),
+        ("resnet18", 1 / 8),
+        ("wrn16_4", 1 / 8),
+    ):  # fewer channels crash torch: layers.py
+        monkeypatch.setitem(models.MODELS, name, partial(models.MODELS[name], width=width))
 
 
 def test_every_model_has_a_recipe_that_converts(cifar: str) -> None:
@@ -207,7 +212,9 @@ def test_points_for_residual_blocks() -> None:
         ({"model": "resnet20", "rank": 4}, "rank must be None with layerwise feedback, got 4"),
         ({"model": "paper_cnn", "rank": 0}, r"rank must be an integer in \[1, .*\], got 0"),
         ({"model": "cnn", "feedback": "direct", "rule": "joint", "rank": 11}, "rank must be at most 10, the classes of cifar10, got 11"),
-        ({"model": "resnet20", "compile": True}, "compile: layerwise feedback cannot be compiled, and weight-mirror has that"),
+        ({"model": "resnet20", "rule": "joint", "compile": True}, "compile: joint cannot be compiled in layerwise feedback"),
+        ({"model": "cnn", "width": 0.5}, "width must be 1 with cnn, got 0.5"),
+        ({"model": "paper_cnn", "width": 0}, "width must be a finite number > 0, got 0"),
         ({"model": "resnet20", "compare": ("kolen-pollack",)}, "kolen-pollack needs .*: optimizer adam or sgd, schedule constant"),
         ({"validation": 100}, "validation must be less than 100, the training images of cifar10, got 100"),
         ({"validation": -1}, r"validation must be an integer in \[0, .*\], got -1"),

@@ -63,7 +63,7 @@ CONVERT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rule": "ridge"}, TypeError, r"rule must be an fbkernels rule such as Ridge\(\), got 'ridge'"),
     ({"rule": fb.Ridge}, TypeError, r"rule must be an fbkernels rule such as Ridge\(\), got <class"),
     ({"rule": fb.WeightTransport()}, ValueError, r"feedback must be 'layerwise' with WeightTransport\(\), got 'direct'"),
-    ({"rule": fb.WeightMirror()}, ValueError, r"feedback must be 'layerwise' with WeightMirror\(samples=512\), got 'direct'"),
+    ({"rule": fb.WeightMirror()}, ValueError, r"feedback must be 'layerwise' with WeightMirror\(samples=None\), got 'direct'"),
     ({"rule": fb.KolenPollack()}, ValueError, r"feedback must be 'layerwise' with KolenPollack\(decay=0.0\), got 'direct'"),
     (
         {"rule": fb.Joint(signal="output"), "feedback": "layerwise"},

@@ -1,5 +1,5 @@
 #include "activation_cuda.h"
-#include "pointwise_cuda.h"
+#include "perturbed_pointwise_cuda.h"
 
 namespace fbk {
 
@@ -19,8 +19,8 @@ __device__ inline float phi_of(Activation kind, float z) {
 
 // dz: null where it is zero
 template <int width>
-__device__ inline Pooled pooled(const PointwiseParams& p, const float* map, const float* dz, int64_t y, int64_t x,
-                                int64_t c, Activation inner) {
+__device__ inline Pooled pooled(const PerturbedPointwiseParams& p, const float* map, const float* dz, int64_t y,
+                                int64_t x, int64_t c, Activation inner) {
   const Window& w = p.window;
   const bool average = p.pool == Pool::avg;
   Pooled best{{}, {}, {-1, -1, -1, -1}};
@@ -49,7 +49,7 @@ __device__ inline Pooled pooled(const PointwiseParams& p, const float* map, cons
 
 // Four neighbouring units of a sample from u on, behind both.
 template <int width>
-__device__ inline Pooled activity(const PointwiseParams& p, const float* map, const float* dz, int64_t u) {
+__device__ inline Pooled activity(const PerturbedPointwiseParams& p, const float* map, const float* dz, int64_t u) {
   const Window& w = p.window;
   // max-pooling commutes with what does not decrease: one activation a window
   const bool inside =
@@ -74,7 +74,7 @@ __device__ inline Pooled activity(const PointwiseParams& p, const float* map, co
 // channels come in fours. It reads z again for each difference, from the cache, and needs fewer registers than for all
 // at once.
 template <int width>
-__global__ void __launch_bounds__(block, 3) pointwise_kernel(PointwiseParams p) {
+__global__ void __launch_bounds__(block, 3) perturbed_pointwise_kernel(PerturbedPointwiseParams p) {
   const int64_t units = p.window.units(), quads = (units + 3) / 4;
   const int64_t size = p.window.height * p.window.width * p.window.channels;
   const int64_t t = int64_t(blockIdx.x) * block + threadIdx.x;
@@ -130,10 +130,11 @@ int64_t blocks(int64_t items) { return (items + block - 1) / block; }
 
 }  // namespace
 
-void pointwise_cuda(const PointwiseParams& p, int device, void* stream) {
+void perturbed_pointwise_cuda(const PerturbedPointwiseParams& p, int device, void* stream) {
   DeviceGuard guard(device);
   const int64_t items = p.samples * ((p.window.units() + 3) / 4);
-  launch(p.window.channels % 4 == 0 ? pointwise_kernel<4> : pointwise_kernel<1>, blocks(items), block, 0, stream, p);
+  launch(p.window.channels % 4 == 0 ? perturbed_pointwise_kernel<4> : perturbed_pointwise_kernel<1>, blocks(items),
+         block, 0, stream, p);
 }
 
 void unpool_cuda(const UnpoolParams& p, int device, void* stream) {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARY = """
 import sys
 sys.modules.update(dict.fromkeys(("rich", "matplotlib", "sklearn", "triton"), None))  # an import of these fails

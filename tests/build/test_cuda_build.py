@@ -21,9 +21,9 @@ ARCHS = ("80", "90")
 MOST = {
     "noise_kernel": 40,
     # 3 blocks of 256 threads
-    "pointwise_kernel": 80,
+    "perturbed_pointwise_kernel": 80,
     "unpool_kernel": 80,
-    "linear_kernel": 80,
+    "perturbed_linear_kernel": 80,
     "feedback_kernel": 80,
     "feedback_update_kernel": 80,
     "mirror_respond_kernel": 80,
@@ -43,7 +43,7 @@ def report(setup_py: ModuleType) -> str:  # noqa: F811
     """Of the build that .ci/run has just made, or of one more."""
     if "FBK_NVCC_LOG" in os.environ:
         return Path(os.environ["FBK_NVCC_LOG"]).read_text()
-    sources = sorted((Path(__file__).parents[1] / "csrc").glob("*.cu"), key=lambda s: -s.stat().st_size)
+    sources = sorted((Path(__file__).parents[2] / "csrc").glob("*.cu"), key=lambda s: -s.stat().st_size)
     command = ["nvcc", *shlex.split(setup_py.NVCCFLAGS), *setup_py.gencode(";".join(ARCHS))[:-1], "-Xptxas=-v", "-c", "-o", "/dev/null"]
 
     def compile(source: Path) -> str:

@@ -1,4 +1,4 @@
-#include "pointwise.h"
+#include "perturbed_pointwise.h"
 
 #include "activation.h"
 #include "simd.h"
@@ -65,7 +65,7 @@ FBK_INLINE Pooled pooled(const Window& w, const T* map, const T* const (&differe
 }
 
 template <class T, Pool pool, Activation inner, Activation outer>
-static void run(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
+static void run(const PerturbedPointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   const Window& w = p.window;
   int64_t units = w.units(), pixels = w.height * w.width * w.channels;
   const T* map = static_cast<const T*>(p.z) + sample * pixels;
@@ -121,7 +121,7 @@ static void run(const PointwiseParams& p, int64_t sample, int64_t first, int64_t
 }
 
 template <class T, Activation activation>
-static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
+static void choose(const PerturbedPointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   constexpr Activation none = Activation::identity;
   // max-pooling commutes with what does not decrease: 1 activation for a window instead of one for each of its places
   constexpr bool monotone = activation != Activation::gelu;
@@ -140,7 +140,7 @@ static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int6
 }
 
 template <class T>
-static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
+static void choose(const PerturbedPointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   switch (p.activation) {
     case Activation::identity:
       return choose<T, Activation::identity>(p, sample, first, last);
@@ -155,7 +155,7 @@ static void choose(const PointwiseParams& p, int64_t sample, int64_t first, int6
   }
 }
 
-void pointwise(const PointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
+void perturbed_pointwise(const PerturbedPointwiseParams& p, int64_t sample, int64_t first, int64_t last) {
   p.storage == Storage::float32 ? choose<float>(p, sample, first, last) : choose<bf16>(p, sample, first, last);
 }
 

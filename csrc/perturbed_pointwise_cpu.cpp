@@ -1,4 +1,4 @@
-#include "pointwise.h"
+#include "perturbed_pointwise.h"
 
 #include <omp.h>
 
@@ -6,7 +6,7 @@
 
 namespace fbk {
 
-void pointwise_cpu(const PointwiseParams& p, Simd simd, int threads) {
+void perturbed_pointwise_cpu(const PerturbedPointwiseParams& p, Simd simd, int threads) {
   constexpr int64_t block = 1024;  // units; a multiple of the 128 that share a Rademacher counter
   int64_t units = p.window.units(), blocks = (units + block - 1) / block, tasks = p.samples * blocks;
   threads = int(std::min<int64_t>({threads, omp_get_num_procs(), (tasks + (p.dz ? p.rows * blocks : 0)) / 8 + 1}));
@@ -15,7 +15,7 @@ void pointwise_cpu(const PointwiseParams& p, Simd simd, int threads) {
 #pragma omp parallel for schedule(static, chunk) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     int64_t first = task % blocks * block;
-    FBK_SIMD_CALL(simd, pointwise(p, task / blocks, first, std::min(first + block, units)));
+    FBK_SIMD_CALL(simd, perturbed_pointwise(p, task / blocks, first, std::min(first + block, units)));
   }
 }
 

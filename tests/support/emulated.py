@@ -1,6 +1,6 @@
 """What only a GPU can run: on one, or where there is none with blocks and threads on the CPU.
 
-csrc/*.cu are compiled by g++ then, against the cuda_runtime.h of tests/emulation.
+csrc/*.cu are compiled by g++ then, against the cuda_runtime.h of tests/support/emulation.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import fbkernels as fb
 from fbkernels import fused_mlp
 from fbkernels.ops import _op
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
 def compiled() -> ModuleType:
     """fbkernels._C of this source with ``FBK_CUDA=emulated``, built once by whoever comes first and kept in the temporary folder."""
-    sources = sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "tests" / "emulation").iterdir()])
+    sources = sorted([ROOT / "setup.py", *(ROOT / "csrc").iterdir(), *(ROOT / "tests" / "support" / "emulation").iterdir()])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     place = hashlib.sha256(bytes(ROOT)).hexdigest()[:8]  # ninja's objects know where their sources are
     build = Path(tempfile.gettempdir()) / f"fbkernels-emulated-{os.getuid()}-{place}"

@@ -25,12 +25,19 @@ RULES: dict[str, Callable[[], fb.Rule]] = {
     "fixed": fb.Fixed,
     "node": fb.NodePerturbation,
 }
+LAYERWISE: dict[str, Callable[[], fb.Rule]] = {
+    "mirror": lambda: fb.WeightMirror(samples=5),
+    "fixed": fb.Fixed,
+    "sign": fb.SignSymmetric,
+    "transport": fb.WeightTransport,
+}
 
 
 def network(rule: str, outputs: int = 5, **options: Any) -> nn.Module:
+    rules = RULES | LAYERWISE if "feedback" in options else RULES
     torch.manual_seed(0)
     layers = (nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, outputs))
-    return fb.convert(nn.Sequential(*layers).double(), rule=RULES[rule](), backend="reference", **options)
+    return fb.convert(nn.Sequential(*layers).double(), rule=rules[rule](), backend="reference", **options)
 
 
 def stepper(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -95,6 +102,19 @@ def test_replays_are_the_eager_steps(rule: str, outputs: int, monkeypatch: pytes
     same(net, eager)
 
 
+@pytest.mark.parametrize("rule", LAYERWISE)
+def test_layerwise_replays_are_the_eager_steps(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, net = (network(rule, feedback="layerwise") for _ in range(2))
+    step = stepper(net)
+    expected = [stepper(eager)(DATA[i], TARGETS[i]) for i in range(STEPS)]
+    losses = [step(DATA[0], TARGETS[0])]
+    replay = captured(net, step, monkeypatch)
+    losses += [replay(DATA[i], TARGETS[i]) for i in range(1, 6)]
+    losses.append(step(DATA[6], TARGETS[6]))
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    same(net, eager)
+
+
 def test_a_checkpoint_can_be_loaded_between_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     eager, net = network("ridge"), network("ridge")
     theirs, step = stepper(eager), stepper(net)
@@ -115,6 +135,8 @@ def test_what_a_graph_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(owner, "capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="take a training step right before the capture"):
         stepper(network("ridge"))(DATA[0], TARGETS[0])
+    with pytest.raises(RuntimeError, match="take a training step before the capture"):
+        stepper(network("mirror", feedback="layerwise"))(DATA[0], TARGETS[0])
     for options in ({"feedback": "layerwise"}, {"every": 2}, {"warmup": 1}):
         with pytest.raises(RuntimeError, match="a CUDA graph can hold a training step with direct feedback"):
             stepper(network("ridge", **options))(DATA[0], TARGETS[0])

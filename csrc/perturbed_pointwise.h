@@ -20,7 +20,7 @@ struct Window {
   FBK_INLINE int64_t units() const { return out_height * out_width * channels; }
 };
 
-struct PointwiseParams {
+struct PerturbedPointwiseParams {
   const void *z, *dz;         // [samples, height, width, channels], [rows, ...]; dz is null where it is zero
   const float *scale, *bias;  // [channels] or null: a normalisation as scale * z + bias and scale * dz
   void *h, *d;                // [samples, out_height, out_width, channels], [rows, ...]
@@ -46,13 +46,14 @@ struct UnpoolParams {
   int64_t samples;
 };
 
-void pointwise_cpu(const PointwiseParams& params, Simd simd, int threads);
+void perturbed_pointwise_cpu(const PerturbedPointwiseParams& params, Simd simd, int threads);
 void unpool_cpu(const UnpoolParams& params, Simd simd, int threads);
-void pointwise_cuda(const PointwiseParams& params, int device, void* stream);  // of float32, as is unpool_cuda
+void perturbed_pointwise_cuda(const PerturbedPointwiseParams& params, int device,
+                              void* stream);  // of float32, as is unpool_cuda
 void unpool_cuda(const UnpoolParams& params, int device, void* stream);
 
 // units [first, last) of h of one sample, and of d where there is one
-FBK_SIMD_DECLARE(void pointwise(const PointwiseParams&, int64_t sample, int64_t first, int64_t last))
+FBK_SIMD_DECLARE(void perturbed_pointwise(const PerturbedPointwiseParams&, int64_t sample, int64_t first, int64_t last))
 FBK_SIMD_DECLARE(void unpool(const UnpoolParams&, int64_t sample))
 
 }  // namespace fbk

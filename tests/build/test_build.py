@@ -13,7 +13,7 @@ import pytest
 
 from fbkernels import _C, ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-TUTORIAL = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
+TUTORIAL = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"nan|\d+(?:\.\d+)?(?:e-\d+)?")
 # percent or degrees: how far runs with another seed, and so other rounding, were from these at most, of four

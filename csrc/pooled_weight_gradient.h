@@ -15,7 +15,7 @@ struct PooledAxis {
 };
 
 // The gradients of a convolution's weight and bias from the error at the winners of its max-pool.
-struct ConvGradientParams {
+struct PooledWeightGradientParams {
   const float* delta;     // [samples, pooled y, pooled x, outputs]
   const uint8_t* winner;  // the winner of each window, ky * pool_kernel + kx
   const void* input;      // [samples, y, x, inputs], float or bf16
@@ -29,7 +29,7 @@ struct ConvGradientParams {
 // An input is packed, zero padded, `width` channels at a time: then a row of the kernel is contiguous. Columns that the
 // dilation takes together are side by side. Bands of pooled rows share a buffer that stays in the L1 cache, and one
 // list of winners.
-struct ConvGradientPlan {
+struct PooledWeightGradientPlan {
   int64_t width, chunks, vectors;   // floats of a pixel; vectors in a row of the kernel
   int64_t cells, row, rows, image;  // columns of one residue; floats of a packed row; rows and floats of a band
   int64_t band, bands, map;         // pooled rows of a band, bands of a sample, positions of the output that it covers
@@ -38,7 +38,7 @@ struct ConvGradientPlan {
   int64_t sums;                     // floats of the gradient of an output with respect to a chunk
   int64_t lanes;
 
-  FBK_INLINE ConvGradientPlan(const ConvGradientParams& p, int64_t vector_lanes) : lanes(vector_lanes) {
+  FBK_INLINE PooledWeightGradientPlan(const PooledWeightGradientParams& p, int64_t vector_lanes) : lanes(vector_lanes) {
     auto parts = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     // whole rows of few channels, at unaligned places, or aligned chunks of as many channels as a vector has lanes
     bool few = 2 * parts(p.x.kernel * p.inputs, lanes) <= p.x.kernel * parts(p.inputs, lanes);
@@ -70,7 +70,7 @@ struct ConvGradientPlan {
 };
 
 // Part of the gradient, by outputs and chunks of inputs, and what a thread needs for it.
-struct ConvGradientTask {
+struct PooledWeightGradientTask {
   int64_t first, last, first_chunk, last_chunk;
   const int32_t* places;  // of the positions of the convolution's output in a packed band
   float *map, *images, *sums;
@@ -80,9 +80,10 @@ struct ConvGradientTask {
 
 FBK_SIMD_DECLARE(
     // false where a winner with an error lies outside the convolution's output
-    bool conv_gradient(const ConvGradientParams&, const ConvGradientPlan&, const ConvGradientTask&))
+    bool pooled_weight_gradient(const PooledWeightGradientParams&, const PooledWeightGradientPlan&,
+                                const PooledWeightGradientTask&))
 
 // std::invalid_argument where a winner with an error lies outside the convolution's output
-void conv_gradient_cpu(const ConvGradientParams& p, Simd simd, int threads);
+void pooled_weight_gradient_cpu(const PooledWeightGradientParams& p, Simd simd, int threads);
 
 }  // namespace fbk

@@ -1,6 +1,6 @@
 #include "simd.h"
 // after the vector types
-#include "conv_gradient.h"
+#include "pooled_weight_gradient.h"
 
 namespace fbk::FBK_SIMD {
 
@@ -52,8 +52,8 @@ static int32_t compress(float* map, int64_t size, const int32_t* places, int32_t
 }
 
 // Lists what is not zero of the error of a pack in channels [channel, channel + lanes).
-static bool find_winners(const ConvGradientParams& p, const ConvGradientPlan& plan, const ConvGradientTask& task,
-                         int64_t pack, int64_t channel) {
+static bool find_winners(const PooledWeightGradientParams& p, const PooledWeightGradientPlan& plan,
+                         const PooledWeightGradientTask& task, int64_t pack, int64_t channel) {
   int64_t channels = task.last - channel < lanes ? task.last - channel : lanes;
   int32_t count[lanes] = {};
   f32v bias{};
@@ -106,8 +106,8 @@ static void copy(float* to, const T* from, int64_t n) {
 }
 
 template <class T>
-static void pack_images(const ConvGradientParams& p, const ConvGradientPlan& plan, const ConvGradientTask& task,
-                        int64_t pack) {
+static void pack_images(const PooledWeightGradientParams& p, const PooledWeightGradientPlan& plan,
+                        const PooledWeightGradientTask& task, int64_t pack) {
   int64_t channel = task.first_chunk * plan.width, chunks = task.last_chunk - task.first_chunk;
   int64_t last = plan.cells * p.x.dilation - p.x.padding;
   if (last > p.x.in) last = p.x.in;
@@ -186,7 +186,8 @@ static int64_t share(int64_t n, int64_t max) {
   return (n + parts - 1) / parts;
 }
 
-bool conv_gradient(const ConvGradientParams& p, const ConvGradientPlan& plan, const ConvGradientTask& task) {
+bool pooled_weight_gradient(const PooledWeightGradientParams& p, const PooledWeightGradientPlan& plan,
+                            const PooledWeightGradientTask& task) {
   int64_t chunks = task.last_chunk - task.first_chunk, row = plan.vectors * lanes, step = p.y.dilation * plan.row;
   int64_t V = share(plan.vectors, max_vectors);
   int64_t R = share(p.y.kernel, budget / V < max_rows ? budget / V : max_rows);

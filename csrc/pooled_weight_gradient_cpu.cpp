@@ -6,7 +6,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "conv_gradient.h"
+#include "pooled_weight_gradient.h"
 
 namespace fbk {
 
@@ -27,9 +27,9 @@ struct Buffer {
 
 }  // namespace
 
-void conv_gradient_cpu(const ConvGradientParams& p, Simd simd, int threads) {
+void pooled_weight_gradient_cpu(const PooledWeightGradientParams& p, Simd simd, int threads) {
   const int64_t lanes = simd == Simd::avx512 ? 16 : simd == Simd::avx2 ? 8 : 4;
-  const ConvGradientPlan plan(p, lanes);
+  const PooledWeightGradientPlan plan(p, lanes);
   if (plan.image >= 1 << 29)
     throw std::invalid_argument("x is too large: a window's rows of it must be less than 2 GiB");
   threads = std::min(threads, omp_get_num_procs());
@@ -58,7 +58,7 @@ void conv_gradient_cpu(const ConvGradientParams& p, Simd simd, int threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(&& : inside)
   {
     const int64_t t = omp_get_thread_num();
-    ConvGradientTask task{};
+    PooledWeightGradientTask task{};
     task.places = places;
     task.map = std::fill_n(maps + t * lanes * plan.map, lanes * plan.map, 0.0f) - lanes * plan.map;
     task.images = packed + t * (chunks * plan.images + lanes);
@@ -71,7 +71,7 @@ void conv_gradient_cpu(const ConvGradientParams& p, Simd simd, int threads) {
     for (int64_t i = 0; i < tasks; ++i) {
       task.first = i % blocks * block, task.last = std::min(task.first + block, p.outputs);
       task.first_chunk = i / blocks * chunks, task.last_chunk = std::min(task.first_chunk + chunks, plan.chunks);
-      inside = FBK_SIMD_CALL(simd, conv_gradient(p, plan, task)) && inside;
+      inside = FBK_SIMD_CALL(simd, pooled_weight_gradient(p, plan, task)) && inside;
     }
   }
   if (!inside) throw std::invalid_argument("winner must not lie outside the convolution's output");

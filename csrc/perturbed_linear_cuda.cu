@@ -1,7 +1,7 @@
 #include "activation_cuda.h"
-#include "linear.h"
 #include "matmul_cuda.h"
-#include "pointwise_cuda.h"
+#include "perturbed_linear.h"
+#include "perturbed_pointwise_cuda.h"
 
 namespace fbk {
 
@@ -10,23 +10,23 @@ namespace {
 // The rows of a tile: z of 64 samples, or, where dx is given, by fours z of two samples and dz of the same two, which
 // so meet in one thread, and which read the weights once. `place` numbers the rows of dz, each with its sample's z, and
 // behind them the samples without.
-__device__ int64_t place_of(const LinearParams& l, int64_t tile_row) {
+__device__ int64_t place_of(const PerturbedLinearParams& l, int64_t tile_row) {
   return l.dx ? tile_row / 4 * 2 + tile_row % 2 : tile_row;
 }
 
-__host__ __device__ int64_t places(const LinearParams& l) {
-  const PointwiseParams& p = l.behind;
+__host__ __device__ int64_t places(const PerturbedLinearParams& l) {
+  const PerturbedPointwiseParams& p = l.behind;
   return l.dx ? p.rows + p.samples - p.noise_rows : p.samples;
 }
 
-__device__ int64_t sample_of(const LinearParams& l, int64_t place) {
-  const PointwiseParams& p = l.behind;
+__device__ int64_t sample_of(const PerturbedLinearParams& l, int64_t place) {
+  const PerturbedPointwiseParams& p = l.behind;
   if (!l.dx || place < p.noise_rows) return place;
   return place - (place < p.rows ? p.noise_rows : p.rows - p.noise_rows);
 }
 
-__global__ void __launch_bounds__(threads) linear_kernel(LinearParams l) {
-  const PointwiseParams& p = l.behind;
+__global__ void __launch_bounds__(threads) perturbed_linear_kernel(PerturbedLinearParams l) {
+  const PerturbedPointwiseParams& p = l.behind;
   const int64_t units = p.window.channels, columns = (units + tile - 1) / tile, rows = gridDim.x / columns;
   const int64_t first = blockIdx.x % rows * tile, u0 = blockIdx.x / rows * tile;  // neighbours read the same weights
   const int64_t tile_row = first + threadIdx.x / 4, from = place_of(l, tile_row), unit = u0 + threadIdx.x / 4;
@@ -61,12 +61,12 @@ __global__ void __launch_bounds__(threads) linear_kernel(LinearParams l) {
 
 }  // namespace
 
-void linear_cuda(const LinearParams& l, int device, void* stream) {
+void perturbed_linear_cuda(const PerturbedLinearParams& l, int device, void* stream) {
   DeviceGuard guard(device);
   auto tiles = [](int64_t n) { return (n + tile - 1) / tile; };
   const int64_t rows = places(l) * (l.dx ? 2 : 1);
-  launch(linear_kernel, tiles(rows) * tiles(l.behind.window.channels), threads, product_size * sizeof(float), stream,
-         l);
+  launch(perturbed_linear_kernel, tiles(rows) * tiles(l.behind.window.channels), threads, product_size * sizeof(float),
+         stream, l);
 }
 
 }  // namespace fbk

@@ -1,4 +1,4 @@
-"""What the processes of tests/test_processes.py run: small trainings, each on its part of the batch."""
+"""What the processes of tests/training/test_processes.py run: small trainings, each on its part of the batch."""
 
 from __future__ import annotations
 
