@@ -6,7 +6,7 @@ from fbkernels.fused_mlp import FusedMLP
 from fbkernels.loss import PerturbedLoss
 from fbkernels.nn import Conv2d, Linear
 from fbkernels.ops import backends, build_info
-from fbkernels.rules import *  # noqa: F403
+from fbkernels.rules import *  # noqa: F403  # all rules, named once
 from fbkernels.summary import summary
 from fbkernels.training.point import FeedbackPoint
 

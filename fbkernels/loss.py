@@ -40,7 +40,8 @@ class PerturbedLoss(nn.Module):
     """``criterion(net(x), y)`` for a converted network.
 
     The value is the clean loss. In training it also computes ``dL_n = L~_n - L_n`` and ``e_n = dL_n/dlogits_n`` (in float64, per sample,
-    not divided by N or by a loss scale), lets the rule learn from them, and advances the network's step. Its backward hands
+    not divided by N or by a loss scale), lets the rule learn from them, and advances the network's step. Layerwise rules that measure
+    nothing (``Fixed``, ``WeightMirror``, those that follow W) leave the output its gradient by the criterion. Its backward hands
     ``c_n e_n`` to the logits, c_n the weight of sample n in whatever is differentiated (1/N of a mean, times a loss scale), and
     ``c_n e_n B_l^T`` to each hidden activity (``direct``), or starts the chain of errors through B (``layerwise``).
 

@@ -331,6 +331,7 @@ def _reads(
             "and exclude, which gives each layer a B of its own"
         )
     placement.points = tuple(claimed)
+    placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
     return placement
 
 

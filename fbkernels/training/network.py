@@ -188,7 +188,6 @@ class Network(Stateful):
         with torch.no_grad():
             settle(self, placement, recorder, root, args, kwargs)
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
-        placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
         return placement
 
     def adopt(self, other: Network) -> None:

@@ -34,10 +34,9 @@ LAYERWISE: dict[str, Callable[[], fb.Rule]] = {
 
 
 def network(rule: str, outputs: int = 5, **options: Any) -> nn.Module:
-    rules = RULES | LAYERWISE if "feedback" in options else RULES
     torch.manual_seed(0)
     layers = (nn.Conv2d(2, 3, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, outputs))
-    return fb.convert(nn.Sequential(*layers).double(), rule=rules[rule](), backend="reference", **options)
+    return fb.convert(nn.Sequential(*layers).double(), rule=(RULES | LAYERWISE)[rule](), backend="reference", **options)
 
 
 def stepper(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
