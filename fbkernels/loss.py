@@ -113,7 +113,7 @@ class PerturbedLoss(nn.Module):
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule
         if step is not None:
-            step.taken = True
+            step.taken.append(True)
         chosen = None if step is None else given(step, output)
         if step is None or chosen is None:
             raise ValueError(

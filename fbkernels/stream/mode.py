@@ -271,7 +271,8 @@ class Streams(TorchFunctionMode):
         before = getattr(t, "_fb_before", None)
         if before is not None and before[0] == self.token and before[1].requires_grad and not t.requires_grad:
             if name_of(func) == "retain_grad":
-                before[1].register_hook(lambda g: setattr(t, "grad", g))
+                own = weakref.ref(t)  # which holds the tensor before it, and that its hooks
+                before[1].register_hook(lambda g: None if own() is None else setattr(own(), "grad", g))
                 return None
             t = before[1]
         return func(t, *args[1:], **kwargs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import warnings
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -253,7 +255,8 @@ class Network(Stateful):
             elif any(t is own for own in step.activities.values()):
                 t = t.view_as(t)
             if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
-                t.register_hook(lambda g: self._unseen(step))
+                # a hook that held the step would keep it for ever: no collector sees the way from a tensor through its hooks
+                t.register_hook(functools.partial(_unseen, weakref.ref(self), step.taken))
             step.layouts.append(Layout.of(t, step.samples, False, 1, rows))
             step.outputs.append(t)
             step.changes.append(None if mark is None else mark[1])
@@ -402,15 +405,6 @@ class Network(Stateful):
                 stacklevel=4,
             )
 
-    def _unseen(self, step: Step) -> None:
-        if not step.taken and not self.unseen:
-            self.unseen = True
-            warnings.warn(
-                "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
-                "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
-                stacklevel=2,
-            )
-
     def extra_repr(self) -> str:
         return str(self.settings)
 
@@ -515,3 +509,15 @@ def capturing(step: Tensor) -> bool:
 @constant  # Dynamo enters the transforms while it traces, so the answer is known then
 def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _unseen(owner: weakref.ref[Network], taken: list[bool], gradient: Tensor) -> None:
+    """The gradient of an output, which a PerturbedLoss has to send."""
+    network = owner()
+    if not taken and network is not None and not network.unseen:
+        network.unseen = True
+        warnings.warn(
+            "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
+            "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
+            stacklevel=2,
+        )

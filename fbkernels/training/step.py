@@ -37,7 +37,7 @@ class Step:
         self.fuses: tuple[torch.dtype, ...] = ()
         self.ran: dict[str, int] = {}  # how often each layer ran
         self.unknown: list[str] = []  # layers that ran and that the placement does not have
-        self.taken = False  # by PerturbedLoss
+        self.taken: list[bool] = []  # by PerturbedLoss; a list, which an output's hook can hold without the step
         self.again = False  # a second run by torch.utils.checkpoint, in the backward pass
         self.part: Part | None = None  # of the perturbed rows of all processes
         self.activities: dict[str, Tensor] = {}  # h_l by point, before its cut, until the loss has taken them
