@@ -86,6 +86,12 @@ class Layout:
         h = reference.layout(u.reshape(n * self.copies, self.row_units), (n * self.copies, *self.shape), self.maps, self.share)
         return h if self.plain else self.rows.back(h.unflatten(0, (n, self.copies)))
 
+    def scaled(self, h: Tensor, c: Tensor) -> Tensor:
+        """An activity of n samples times a number for each, c [n]."""
+        if self.plain:
+            return h * c.view(-1, *[1] * (h.ndim - 1))
+        return self.activity(self.units_of(h, len(c)) * c[:, None])
+
     def mean(self, g: Tensor) -> Tensor:
         """[n, units] of what places share, a part of it for each: the gradients of their sum."""
         if self.share == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from fbkernels import ops
 from fbkernels.criterion import PerSample, error
-from fbkernels.layout import Layout
+from fbkernels.layout import Layout, Rows
 from fbkernels.training.autograd import Deliver
 from fbkernels.training.network import Network
 from fbkernels.training.processes import Processes, several
@@ -113,19 +114,20 @@ class PerturbedLoss(nn.Module):
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule
         if step is not None:
-            step.taken.append(True)
+            step.sent.taken = True
         chosen = None if step is None else given(step, output)
         if step is None or chosen is None:
             raise ValueError(
-                "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it; "
-                "what else follows belongs into forward, a loss of several parts is one criterion, "
-                "and mixup mixes the targets instead of the losses"
+                "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it "
+                "that leaves the samples in order; what else follows belongs into forward, a loss of several parts is one criterion, and "
+                "mixup mixes the targets instead of the losses"
             )
         if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
             loss: Tensor = self.criterion(output, target)
             with torch.no_grad():
-                flat = [step.layouts[i].units_of(step.outputs[i], step.samples) for i in chosen]
-                network.skip(torch.isfinite(flat[0] if len(flat) == 1 else torch.cat(flat, 1)).all(1))
+                if not (network.looks and all(math.isfinite(float(step.outputs[i].sum())) for i in chosen)):
+                    flat = [step.layouts[i].units_of(step.outputs[i], step.samples) for i in chosen]
+                    network.skip(torch.isfinite(flat[0] if len(flat) == 1 else torch.cat(flat, 1)).all(1))
             learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
         else:
             loss, learns = self._measured(step, chosen, output, target)
@@ -169,6 +171,7 @@ def given(step: Step, output: Any) -> list[int] | None:
         i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
         if i is None:
             return None
+        step.own = step.own and t is step.outputs[i]
         step.outputs[i] = t  # the gradient takes the same way back: DistributedDataParallel waits for it at its copy
         chosen.append(i)
     return chosen or None
@@ -206,7 +209,8 @@ _LINEAR = {
 
 
 def followed(step: Step, i: int, t: Tensor) -> bool:
-    """Whether t is output i behind linear functions of torch: then it takes that output's place, and its change is what they make of it."""
+    """Whether t is output i behind linear functions of torch that leave the samples in order: then it takes that output's place, and its
+    change is what they make of it."""
     own, change = step.outputs[i], step.changes[i]
     node: Any = None if torch.compiler.is_compiling() else t.grad_fn
     which = t.output_nr  # of what node made
@@ -217,13 +221,28 @@ def followed(step: Step, i: int, t: Tensor) -> bool:
         ((node, which),) = before
     if node is None or step.partial() or t.ndim == 0 or (step.samples and len(t) % step.samples):
         return False
-    if change is not None:
-        with torch.enable_grad():  # J d as the derivative of J^T v with respect to v
-            v = torch.zeros_like(t, requires_grad=True)
-            (back,) = torch.autograd.grad(t, own, v, create_graph=True)
-            (step.changes[i],) = torch.autograd.grad(back, v, change.to(back.dtype))
-    step.layouts[i] = Layout.of(t, step.samples, False, 1, step.layouts[i].rows)
-    return True
+    n, layout = step.samples, step.layouts[i]
+    if n == 0:
+        step.changes[i], step.layouts[i] = None if change is None else torch.zeros_like(t), Layout.of(t, n, False, 1, layout.rows)
+        return True
+    with torch.enable_grad():  # J d as the derivative of J^T v with respect to v
+        v = torch.zeros_like(t, requires_grad=True)
+        (back,) = torch.autograd.grad(t, own, v, create_graph=True)
+
+        def image(d: Tensor) -> Tensor:
+            return torch.autograd.grad(back, v, d.to(back.dtype), retain_graph=True)[0]
+
+        whose = torch.arange(n, device=own.device, dtype=own.dtype)
+        sample = layout.activity(whose[:, None].expand(n, layout.units)).view(own.shape)
+        number, one = (image(x).reshape(len(t), -1) for x in (sample, torch.ones_like(sample)))
+        if change is not None:
+            change = image(change)
+    copies, close = len(t) // n, 4 * torch.finfo(own.dtype).eps
+    for rows, order in ((Rows(), whose.repeat_interleave(copies)), (Rows(strided=True), whose.repeat(copies))):
+        if torch.allclose(number, one * order[:, None].to(one.dtype), rtol=close, atol=0.0):
+            step.changes[i], step.layouts[i] = change, Layout.of(t, n, False, 1, rows)
+            return True
+    return False
 
 
 def signals(
@@ -296,7 +315,9 @@ def samplewise(step: Step, layout: Any, losses: Tensor, n: int | None = None) ->
 def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: list[int], anchor: Tensor | None = None) -> Tensor:
     """The losses with the feedback as their backward."""
     network, settings = step.network, step.network.settings
-    points = [network.points[name] for name in step.activities]
+    # what no chosen output depends on has no gradient: an auxiliary head that this loss leaves out
+    names = [name for name in step.activities if not step.placement.reach.get(name, {*chosen}).isdisjoint(chosen)]
+    points = [network.points[name] for name in names]
     outputs = [step.outputs[i] for i in chosen]
     feedback: tuple[Tensor, ...] = ()
     activities: tuple[Tensor, ...] = ()
@@ -304,13 +325,13 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
         padding = step.samples - m.rows
         given = [settings.rule.gradients(point, m) for point in points]
         feedback = tuple(nn.functional.pad(g, (*[0] * (2 * g.ndim - 1), padding)) if padding else g for g in given)
-        activities = tuple(step.activities.values())
+        activities = tuple(step.activities[name] for name in names)
     elif not settings.layerwise:
         K = m.regressor.shape[-1]
         feedback = tuple(point.create((point.units, K), outputs[0]) for point in points)
-        activities = tuple(step.activities.values())
+        activities = tuple(step.activities[name] for name in names)
     layouts = (*(step.layouts[i] for i in chosen), *(point.layout for point in points if activities))
-    blocks = tuple(step.blocks.get(name) for name in step.activities) if activities else ()
+    blocks = tuple(step.blocks.get(name) for name in names) if activities else ()
     for point, block in zip(points, blocks, strict=False):
         if block is not None and not torch.compiler.is_compiling() and block[1]._version != block[0].version:
             raise RuntimeError(f"the activity of point {point.name!r} was modified in place, and its gradient needs it: write h = h + ...")
@@ -323,6 +344,7 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
         layouts,
         settings.rule.private,
         step.record(m),
+        step.sent if step.own and not (settings.layerwise or torch.compiler.is_compiling()) else None,
         anchor,
         *outputs,
         *activities,

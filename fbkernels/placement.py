@@ -36,6 +36,7 @@ class Placement:
     batch: Rows = field(default_factory=Rows)
     rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
     outputs: tuple[Rows | None, ...] = ()
+    reach: dict[str, frozenset[int]] = field(default_factory=dict)  # direct: the outputs that depend on a point
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
@@ -55,6 +56,7 @@ class Placement:
         left = {c.point for c in self.layers.values() if c is not None} | set(self.reads.values()) | set(self.points)
         self.points = (*(p for p in earlier.points if p in left), *(p for p in self.points if p not in earlier.points))
         self.random |= earlier.random
+        self.reach = {k: v for k, v in earlier.reach.items() if k in self.points} | self.reach
 
 
 @dataclass(eq=False)
@@ -69,6 +71,11 @@ class Call:
     random: bool = False
     point: str = ""
 
+    @property
+    def cut(self) -> bool:
+        """Whether no gradient passes."""
+        return self.func is not None and name_of(self.func) in ("detach", "detach_")
+
 
 class Recorder(TorchFunctionMode):
     """The calls of a forward with the values that they take and give, a number each."""
@@ -81,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.inputs = [self.value(t) for t in inputs]
         self.checkpoints = False
+        self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
 
@@ -144,8 +152,10 @@ class Recorder(TorchFunctionMode):
         call.own = name in OWN_WEIGHTS and any(t.requires_grad and self.known(t) is None for t in tensors)
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         written = in_place(name, args, kwargs)
-        if ins and not (written and tensors and self.known(tensors[0]) is None and _lives(tensors[0])):
+        if ins and not (written and tensors and self.known(tensors[0]) is None and self.lives(tensors[0])):
             call.outs = [self.value(t) for t in results]
+        elif not ins:
+            self.fresh |= {id(t): t for t in results if not (written or t.requires_grad)}
         first = args[0] if args else kwargs.get("input")
         if kind == "layer" and self.known_before(first, ins):
             assert isinstance(first, Tensor)
@@ -173,13 +183,12 @@ class Recorder(TorchFunctionMode):
                     todo += reversed(made[v].ins) if v in made else []
         return next((i for i, v in enumerate(self.inputs) if self.shapes[v]), 0)
 
+    def lives(self, t: Tensor) -> bool:
+        """What a forward writes and that was there before it: a buffer."""
+        return t.is_leaf and id(t) not in self.fresh
+
     def known_before(self, t: Any, ins: list[int]) -> bool:
         return bool(ins) and isinstance(t, Tensor) and self.known(t) == ins[0]
-
-
-def _lives(t: Tensor) -> bool:
-    """What a forward writes and that was there before it: a buffer."""
-    return t.is_leaf
 
 
 def _mask(name: str, args: tuple[Any, ...], ins: list[int]) -> bool:
@@ -241,37 +250,48 @@ def place(
     if twice is not None:
         raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
     placement.points = tuple(names)
+    placement.reach = {chain.point: frozenset(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
     return placement
 
 
 class _Graph:
-    """Who reads what. ``live``: values that the output depends on; ``bare``: that reach it through no layer; ``weighted``: that a layer or
-    a tensor of the model's own reads on the way."""
+    """Who reads what. ``ends``: the outputs; ``before``: what the gradient of each reaches, ``live`` of any; ``bare``: what reaches an
+    output through no layer, but for outputs from which a layer makes another one: features beside logits; ``weighted``: what a layer or a
+    tensor of the model's own reads on the way."""
 
     def __init__(self, recorder: Recorder, outputs: list[Tensor]) -> None:
-        self.ends = {v for t in outputs if (v := recorder.known(t)) is not None}
+        ends = [v for t in outputs if (v := recorder.known(t)) is not None]
         self.made = {v: c for c in recorder.calls for v in c.outs}
-        self.live: set[int] = set()
-        todo = list(self.ends)
-        while todo:
-            v = todo.pop()
-            if v not in self.live:
-                self.live.add(v)
-                todo += self.made[v].ins if v in self.made else []
+        self.ends, self.before = set(ends), [self._before(v) for v in ends]
+        self.live = set[int]().union(*self.before)
         running = [c for c in recorder.calls if any(v in self.live for v in c.outs)]
         self.readers: dict[int, list[Call]] = collections.defaultdict(list)
         self.seen: collections.Counter[int] = collections.Counter(v for c in recorder.calls for v in set(c.ins))
-        self.bare, self.weighted, self.above = set(self.ends), set[int](), set[int]()
+        self.weighted, self.above, below = set[int](), set[int](), set[int]()
+        for c in reversed(running):
+            if c.layer is not None or any(v in below for v in c.outs):
+                below.update(c.ins)
+        self.bare = self.ends - below
         for c in running:
             for v in c.ins:
                 self.readers[v].append(c)
             if c.layer is not None or any(v in self.above for v in c.ins):
                 self.above.update(c.outs)  # behind a layer
         for c in reversed(running):
-            if c.layer is None and any(v in self.bare for v in c.outs):
+            if c.layer is None and not c.cut and any(v in self.bare for v in c.outs):
                 self.bare.update(c.ins)
             if c.weighted or any(v in self.weighted for v in c.outs):
                 self.weighted.update(c.ins)
+
+    def _before(self, end: int) -> set[int]:
+        """What an output depends on."""
+        found, todo = set[int](), [end]
+        while todo:
+            v = todo.pop()
+            if v not in found:
+                found.add(v)
+                todo += self.made[v].ins if v in self.made and not self.made[v].cut else []
+        return found
 
 
 def _chain(c: Call, graph: _Graph, found: bool) -> tuple[Chain | None, Call]:

@@ -25,4 +25,5 @@ class NodePerturbation(Rule):
 
     def gradients(self, point: FeedbackPoint, m: Measurement) -> Tensor:
         xi = point.noise(m.step, m.rows, m.w.dtype, m.first)
-        return xi * m.w.view(-1, *[1] * (xi.ndim - 1))
+        assert point.layout is not None
+        return point.layout.scaled(xi, m.w)

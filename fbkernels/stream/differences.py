@@ -296,6 +296,11 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
 def _difference(mode: Streams, p: Any, h: Any, out: Any, low: bool) -> Any:
     if isinstance(out, Tensor):
         h = h if low else mode.site.rows(h.detach(), p)
+        if p.shape != h.shape:
+            raise ValueError(
+                f"the model chooses by the values of its activities, {tuple(h.shape)} of the clean ones and {tuple(p.shape)} of the noisy: "
+                "let noise begin behind that, with points=[...]"
+            )
         if out.dtype == torch.bool:
             return p.to(torch.int8) - h.to(torch.int8)
         return (p - h).to(out.dtype)

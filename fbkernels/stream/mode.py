@@ -77,6 +77,11 @@ class Streams(TorchFunctionMode):
         mark = self.mark(t)
         return None if mark is None else mark[1]
 
+    def before(self, t: Any) -> Tensor | None:
+        """The activity that was cut there."""
+        before = getattr(t, "_fb_before", None)
+        return before[1] if before is not None and before[0] == self.token else None
+
     def put(self, t: Tensor, d: Tensor | None, chain: Any = None, waiting: Any = None, instead: Any = None) -> Tensor:
         t._fb = (self.token, d, chain, waiting, instead)  # type: ignore[attr-defined]
         return t
@@ -140,9 +145,9 @@ class Streams(TorchFunctionMode):
             first = marked[0][1]
         if kind == "look":
             return func(*args, **kwargs)
-        before = getattr(args[0], "_fb_before", None) if args else None
-        if before is not None and before[0] == self.token and in_place(name_of(func), args, kwargs):
-            self.site.written(before[1])
+        before = self.before(args[0]) if args else None
+        if before is not None and in_place(name_of(func), args, kwargs):
+            self.site.written(before)
 
         name = name_of(func) if self.site.rows_first and args and marked[0][0] is args[0] else ""
         # torch's backward of a group norm crashes on channels-last maps that need no gradient
@@ -217,7 +222,7 @@ class Streams(TorchFunctionMode):
                     self.put(o, e)
                 elif isinstance(o, (list, tuple)):
                     self._tag(func, o, e, ())
-        elif out is None and name_of(func) == "__setitem__" and d is not None:
+        elif out is None and name_of(func) == "__setitem__" and (d is not None or not self.belongs(args[0])):
             self.put(args[0], d)
         return out
 
@@ -268,13 +273,13 @@ class Streams(TorchFunctionMode):
         t = args[0]
         if (mark := self.mark(t)) is not None and mark[3] is not None:
             t = self.realise(t)
-        before = getattr(t, "_fb_before", None)
-        if before is not None and before[0] == self.token and before[1].requires_grad and not t.requires_grad:
+        before = self.before(t)
+        if before is not None and before.requires_grad and not t.requires_grad:
             if name_of(func) == "retain_grad":
                 own = weakref.ref(t)  # which holds the tensor before it, and that its hooks
-                before[1].register_hook(lambda g: None if own() is None else setattr(own(), "grad", g))
+                before.register_hook(lambda g: None if own() is None else setattr(own(), "grad", g))
                 return None
-            t = before[1]
+            t = before
         return func(t, *args[1:], **kwargs)
 
     # chains: a layer and what follows it up to its point
@@ -297,7 +302,7 @@ class Streams(TorchFunctionMode):
         if cut is h:
             cut = h.view_as(h)
         self.put(cut, d)
-        if not torch.compiler.is_compiling() and h.requires_grad:
+        if h.requires_grad:
             cut._fb_before = (self.token, h)  # type: ignore[attr-defined]
         if self.sources:
             cut._fb_source = (self.token, chain.point, ())  # type: ignore[attr-defined]

@@ -17,6 +17,14 @@ from fbkernels.layout import Layout
 from fbkernels.stream.chain import Norm
 
 
+class Sent:
+    """What PerturbedLoss sends to the outputs; their hooks hold it, where the step would never die."""
+
+    def __init__(self) -> None:
+        self.taken = False  # the outputs, by a PerturbedLoss
+        self.gradients: list[Tensor] = []  # direct: the last that a backward pass gave them
+
+
 class Deliver(torch.autograd.Function):
     """Losses whose backward hands c e to the outputs and c r B_l^T to each h_l, c the weight of a loss in what is differentiated (SPEC 3).
 
@@ -36,12 +44,13 @@ class Deliver(torch.autograd.Function):
         layouts: tuple[Layout, ...],
         given: bool,
         record: Callable[[Tensor], None] | None,
+        sent: Sent | None,
         anchor: Tensor | None,
         *ends: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(basis, *e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
         ctx.behind = [None if block is None else block[0] for block in blocks]
-        ctx.outputs, ctx.given, ctx.record, ctx.layouts = len(e), given, record, layouts
+        ctx.outputs, ctx.given, ctx.record, ctx.sent, ctx.layouts = len(e), given, record, sent, layouts
         ctx.like = [(h.shape, h.dtype) for h in ends]
         return losses.clone()
 
@@ -66,16 +75,20 @@ class Deliver(torch.autograd.Function):
         ce = sides[0] if len(sides) == 1 else torch.cat(sides, 1)
         if ctx.record is not None:
             ctx.record(c)
+        if ctx.sent is not None:
+            ctx.sent.gradients = [*grads]
         cr = ce if basis is None else ce @ basis.to(ce.dtype)
         layouts, like = ctx.layouts[ctx.outputs :], ctx.like[ctx.outputs :]
         for F, behind, layout, (shape, dtype) in zip(feedback, ctx.behind, layouts, like, strict=True):
             if behind is not None:
                 grads.append(behind.deliver(cr, F, next(kept), next(kept)))
             elif ctx.given:
-                grads.append((F * c.to(F.dtype).view(-1, *[1] * (F.ndim - 1))).to(dtype))
+                n = F.shape[layout.rows.dim] // layout.copies
+                own = c if len(c) == n else ctx.layouts[0].rows.first(c, n).reshape(n, -1).mean(1)
+                grads.append(layout.scaled(F, own.to(F.dtype)).view(shape).to(dtype))
             else:
                 grads.append(layout.activity(layout.mean(cr.to(F.dtype) @ F.T)).view(shape).to(dtype))
-        return *(None,) * 9, *grads
+        return *(None,) * 10, *grads
 
 
 class Reach(torch.autograd.Function):
@@ -261,11 +274,11 @@ class Transport(torch.autograd.Function):
         bias: Tensor | None,
         B: Tensor,
         connection: Connection,
-        name: str,
+        point: str,
         errors: dict[str, Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, B)
-        ctx.connection, ctx.name, ctx.errors = connection, name, errors
+        ctx.connection, ctx.point, ctx.errors = connection, point, errors
         return connection.forward(x, weight, bias)
 
     @staticmethod
@@ -274,7 +287,7 @@ class Transport(torch.autograd.Function):
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
         if ctx.errors is not None:
-            ctx.errors[ctx.name] = delta
+            ctx.errors[ctx.point] = delta
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         x_like = x.to(delta.dtype)  # autocast ran the forward in a lower precision than the weight's
         grad_x = connection.input_gradient(delta, B.to(delta.dtype), x_like).to(x.dtype) if need_x else None

@@ -57,7 +57,7 @@ def run_block(step: Step, point: FeedbackPoint, waiting: Waiting, predicts: bool
     if step.again:
         return h, None
     step.visit(point, h)
-    point.layout = Layout.of(h, step.samples, h.ndim == 4, settings.share, step.rows_of(point.name))
+    point.lay(Layout.of(h, step.samples, h.ndim == 4, settings.share, step.rows_of(point.name)))
     if new.numel():
         point.pending, before = None, point.state["B"]
         point.store(new)

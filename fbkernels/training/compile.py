@@ -55,7 +55,7 @@ def _made(description: Any) -> Any:
 def known(key: int) -> bool:
     """Whether the placement is there already. A graph of dynamic shapes has no constants to give ``placed``."""
     network = _NETWORKS[key]
-    return network.placement is not None and not network.stale
+    return network.placement is not None and not (network.stale or network.unplaced)
 
 
 @constant

@@ -47,9 +47,8 @@ class Direct(Step):
                 h, d = mode.run(waiting)
         if not self.again:
             self.visit(point, h)
-            point.layout = Layout.of(
-                h, self.samples, chain.maps if not chain.explicit else point.maps, network.settings.share, self.rows_of(point.name)
-            )
+            maps = chain.maps if not chain.explicit else point.maps
+            point.lay(Layout.of(h, self.samples, maps, network.settings.share, self.rows_of(point.name)))
             prediction = point.flush(self.perturbed_rows if predicts else 0)
             if prediction is not None:
                 self.predictions.append(prediction)

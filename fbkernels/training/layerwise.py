@@ -84,6 +84,8 @@ class Layerwise(Step):
         source = getattr(x, "_fb_source", None)
         carry = source[2] if source is not None and source[0] == mode.token and source[1] == point.name else ()
         d = mode.d(x)
+        moved = any(rearrange in ("permute", "transpose", "movedim") for rearrange, _ in carry)
+        point.merged = bool(carry) and (moved or len(x) != self.samples)
         if point.reads and not self.again:
             x = self.visit_input(point, x, connection.convolution)
         if self.perturbing and not self.again:
@@ -132,11 +134,11 @@ class Layerwise(Step):
         for name, delta in m.errors.items():
             point = network.points[name]
             assert point.connection is not None and point.layout is not None
-            if point.layout.plain:
+            if point.layout.plain and not point.merged:
                 delta = delta[: m.rows].to(dtype)
                 c, ok = scale[: m.rows].to(dtype), m.ok
             else:
-                if point.connection.convolution and not point.layout.rows.plain:
+                if point.connection.convolution and (point.merged or not point.layout.rows.plain):
                     raise ValueError(f"{rule!r} cannot learn B of point {name!r}, whose samples are not its rows: use feedback='direct'")
                 who, order = point.owners(self.samples)
                 delta = delta.to(dtype) if point.connection.convolution else delta.flatten(0, -2)[order].to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import math
 import warnings
 import weakref
 from dataclasses import replace
@@ -20,12 +21,12 @@ from fbkernels.placement import Placement, Recorder, names_of, place, untouched
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
-from fbkernels.training.autograd import Reach
+from fbkernels.training.autograd import Reach, Sent
 from fbkernels.training.checkpoint import checkpointed, given
 from fbkernels.training.compile import described, known, placed, register
 from fbkernels.training.direct import Direct
 from fbkernels.training.layerwise import Layerwise
-from fbkernels.training.point import FeedbackPoint, Stateful
+from fbkernels.training.point import Entered, FeedbackPoint, Stateful
 from fbkernels.training.probe import settle
 from fbkernels.training.processes import Processes
 from fbkernels.training.settings import Settings
@@ -48,7 +49,8 @@ class Network(Stateful):
         self.readers = nn.ModuleDict()  # points at a layer's input, and those of layers that are no modules of their own
         self.root: tuple[nn.Module, ...] = ()  # the network; a tuple, so that it is no child
         self.placement: Placement | None = None
-        self.stale = False  # a layer ran that the placement does not know: one that was replaced, or skipped until now
+        self.stale = False  # the placement is not of this model any more: a layer was replaced, a hook changes activities
+        self.unplaced: set[str] = set()  # layers that ran and that no recording has seen, as they are skipped at times
         self.buffers_known: frozenset[int] = frozenset()
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.current: Step | None = None  # the last training forward, until its loss has taken it
@@ -79,7 +81,8 @@ class Network(Stateful):
         missed = [
             c for (name, k), c in step.placement.layers.items() if c is not None and step.ran.get(name, 0) > k and not self.reached(step, c)
         ]
-        self.stale = bool(step.unknown or missed)
+        self.stale = self.stale or bool(missed)
+        self.unplaced |= {*step.unknown}
         self.watched = self.watched or bool(missed)
         self.current = step
         return output
@@ -124,8 +127,10 @@ class Network(Stateful):
                 raise RuntimeError(
                     "the second run of torch.utils.checkpoint cannot be traced: leave torch.utils.checkpoint out of a compiled step"
                 )
-        elif placement is None or self.stale or (samples > 1 and not placement.settled):
+        elif placement is None or self.stale or self.unplaced or (samples > 1 and not placement.settled):
             placement = self.placement = self.find(root, args, kwargs)
+            self.stale = False
+            self.unplaced -= {name for name, _ in placement.layers}
             samples = self._samples(placement, args, kwargs)
         learning = not self.probe and (settings.every == 1 or self.steps % settings.every == 0)
         wanted = rule.private if self.probe == "learned" else rule.perturbs and learning
@@ -192,6 +197,21 @@ class Network(Stateful):
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
         return placement
 
+    def renamed(self, placement: Placement, weight: Tensor) -> str:
+        """The name of a layer whose weight is another tensor than it was: by functional_call, ``assign=True``, a new parameter or layer."""
+        root = self.root[0]
+        placement.names, placement.weights = names_of(root)
+        modules = dict(root.named_modules())
+        # a new layer has no point of its own yet: the next forward sees to that
+        self.stale = self.stale or any(p.converted and p not in modules.values() for p in self.points.values())
+        if id(weight) not in placement.names and (new := [n for n, m in modules.items() if Entered.lacks(m)]):
+            for name in new:
+                modules[name].register_forward_pre_hook(Entered(self, name))
+            warnings.warn(
+                f"the weights of {', '.join(new)} are computed since convert: this step trains those layers by backprop", stacklevel=2
+            )
+        return placement.names.get(id(weight), "layer")
+
     def adopt(self, other: Network) -> None:
         """The placement of the network that this one is a copy of."""
         if other.placement is not None:
@@ -250,13 +270,15 @@ class Network(Stateful):
             rows = step.placement.outputs[len(step.outputs)] if len(step.outputs) < len(step.placement.outputs) else Rows()
             if rows is None:
                 raise ValueError(f"the rows of an output of shape {tuple(t.shape)} cannot be matched with the {step.samples} samples")
+            if not t.requires_grad and (h := mode.before(t)) is not None:  # features beside logits: the cut is not theirs
+                t = h.view_as(h)
             if self.processes is not None and not self.settings.layerwise and not step.outputs:
                 t = Reach.apply(t, *step.activities.values())
             elif any(t is own for own in step.activities.values()):
                 t = t.view_as(t)
             if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
                 # a hook that held the step would keep it for ever: no collector sees the way from a tensor through its hooks
-                t.register_hook(functools.partial(_unseen, weakref.ref(self), step.taken))
+                t.register_hook(functools.partial(_unseen, weakref.ref(self), step.sent))
             step.layouts.append(Layout.of(t, step.samples, False, 1, rows))
             step.outputs.append(t)
             step.changes.append(None if mark is None else mark[1])
@@ -302,6 +324,11 @@ class Network(Stateful):
             self.state["C"] = (Q * R.diagonal().sign()).to(self.step.device)
         return t @ self.state["C"].to(t.dtype)
 
+    @property
+    def looks(self) -> bool:
+        """Whether a number may be looked at: a look costs a CPU less than masks do, and nothing else can afford it."""
+        return self.step.is_cpu and self.processes is None and not (self.static or torch.compiler.is_compiling())
+
     def skip(self, ok: Tensor) -> None:
         """Count the samples that are not ok, of all processes."""
         skipped = (~ok).sum()
@@ -312,21 +339,22 @@ class Network(Stateful):
         zero."""
         settings, n = self.settings, len(ok)
         w = (dL / settings.noise_std**2).to(dtype)
-        ok = ok & torch.isfinite(w)
-        self.skip(ok)
-        r, dy = self.project(torch.where(ok[:, None], e[:n], 0.0)), self.project(dy)
-        prediction: Tensor | float = 0.0
-        if step.predictions:
-            prediction = torch.cat(step.predictions).sum(0) * ok[:, None]
+        prediction: Tensor | float = torch.cat(step.predictions).sum(0) if step.predictions else 0.0
+        e = e[:n]
+        if not (self.looks and bool(ok.all()) and math.isfinite(float(w.sum()))):
+            ok = ok & torch.isfinite(w)
+            self.skip(ok)
+            e, dy, prediction = torch.where(ok[:, None], e, 0.0), torch.where(ok[:, None], dy, 0.0), prediction * ok[:, None]
+            w, dL = torch.where(ok, w, 0.0), torch.where(ok, dL, 0.0)
         return Measurement(
             step=self.step.clone(),
             rows=n,
             std=settings.noise_std,
             units=sum(self.points[name].units for name in step.activities),
-            regressor=r.to(dtype),
-            w=torch.where(ok, w, 0.0),
-            loss_change=torch.where(ok, dL, 0.0).to(dtype),
-            output_change=torch.where(ok[:, None], dy, 0.0).to(dtype),
+            regressor=self.project(e).to(dtype),
+            w=w,
+            loss_change=dL.to(dtype),
+            output_change=self.project(dy).to(dtype),
             prediction=prediction,
             points=tuple(step.activities),
             errors=step.errors,
@@ -511,13 +539,23 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _unseen(owner: weakref.ref[Network], taken: list[bool], gradient: Tensor) -> None:
-    """The gradient of an output, which a PerturbedLoss has to send."""
+def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:
+    """The gradient of an output, which a PerturbedLoss has to send, in direct feedback all of it."""
     network = owner()
-    if not taken and network is not None and not network.unseen:
+    if network is None or network.unseen:
+        return
+    if not sent.taken:
         network.unseen = True
         warnings.warn(
             "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
             "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
             stacklevel=2,
         )
+    elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd has added another one
+        network.unseen = True
+        warnings.warn(
+            "a part of the output's gradient is from outside of PerturbedLoss, and hidden layers with direct feedback do not see it: "
+            "let the criterion compute that term too, or use feedback='layerwise'",
+            stacklevel=2,
+        )
+    sent.gradients = []

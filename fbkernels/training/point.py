@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops, reference
 from fbkernels.layers import Connection
@@ -94,6 +95,7 @@ class FeedbackPoint(Stateful):
         self.connection: Connection | None = None  # layerwise: how the next layer reads this point
         self._weight: tuple[Tensor, ...] = ()  # layerwise: the next layer's weight; a tuple, as above
         self.carry: Carry = ()  # layerwise: rearrangements between the point and the next layer
+        self.merged = False  # layerwise: by them that layer's rows are no samples: windows, time and batch in one dimension
         self.pending: Measurement | None = None
 
     @property
@@ -103,6 +105,15 @@ class FeedbackPoint(Stateful):
     @property
     def weight(self) -> Tensor | None:
         return self._weight[0] if self._weight else None
+
+    def lay(self, layout: Layout) -> None:
+        """How the activity lies in this step."""
+        self.layout, B = layout, self.state.get("B")
+        if B is not None and not self.network.settings.layerwise and len(B) != layout.units:
+            raise ValueError(
+                f"point {self.name!r} has {layout.units} units and had {len(B)}, one for each row of B: direct feedback takes images and "
+                "sequences of one size; with feedback='layerwise' they may differ"
+            )
 
     @property
     def units(self) -> int:
@@ -217,7 +228,8 @@ class FeedbackPoint(Stateful):
             self.state["B"] = self.network.settings.rule.start(normal.view(shape), self.network.settings.layerwise)
         B = self.state["B"]
         if B.shape != shape:
-            raise ValueError(f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}: is this another network's?")
+            got = f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}"
+            raise ValueError(f"{got}: it was made for other outputs, or another network")
         return B
 
     def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
@@ -300,7 +312,7 @@ class FeedbackPoint(Stateful):
         for name, rearrange in self.carry:
             xi = xi if name == "pad" and self.connection.convolution else rearrange(xi)
         xi = self.connection.samples(xi)
-        plain = self.connection.convolution or self.layout is None or self.layout.plain
+        plain = self.connection.convolution or self.layout is None or (self.layout.plain and not self.merged)
         return xi if plain else xi[self.owners(m.rows)[1]]
 
     def owners(self, samples: int) -> tuple[Tensor, Tensor]:
@@ -365,3 +377,9 @@ class Entered:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.network[0].entered = self.name
+
+    @staticmethod
+    def lacks(module: nn.Module) -> bool:
+        """Whether this is a layer that needs the hook and has none: its weight is computed since convert."""
+        computed = isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module._parameters.get("weight"), nn.Parameter)
+        return computed and not any(isinstance(hook, Entered) for hook in module._forward_pre_hooks.values())

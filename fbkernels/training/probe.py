@@ -62,6 +62,7 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     placement.settled = True
     if x.is_meta:  # which has no values that could show it
         return
+    outside: list[tuple[int, ...]] = []
     # a sample's rows change alone; or most, in a network that mixes samples: h / h.max()
     for dim, share in ((dim, share) for share in (0.0, 0.5) for dim in range(x.ndim)):
         n = x.shape[dim]
@@ -71,6 +72,7 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
             continue
         probe, outputs = _run(network, placement, given, dim, root, args, kwargs)
         rows = [rows_of(h, d, n, 1, share) for h, d in outputs]
+        outside = outside or [tuple(h.shape) for (h, _), r in zip(outputs, rows, strict=True) if r is None]
         if all(r is not None for r in rows):
             placement.outputs = tuple(rows)
             placement.rows = {name: rows_of(h, d, n, 1, share) for name, (h, d) in probe.seen.items()}
@@ -79,8 +81,8 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     if x.ndim and len(x) < 2:
         return
     raise ValueError(
-        f"the network's output cannot be matched with the samples of its input {tuple(x.shape)}: a sample's output must depend on that "
-        "sample alone, batch norm apart"
+        f"the network's output of shape {outside[0] if outside else ()} cannot be matched with the samples of its input {tuple(x.shape)}: "
+        "a sample's output must depend on that sample alone, batch norm apart; a loss that the model adds needs a number for each sample"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement
 from fbkernels.stream.chain import Chain, Waiting
+from fbkernels.training.autograd import Sent
 
 if TYPE_CHECKING:
     from fbkernels.rules.base import Measurement
@@ -37,13 +38,14 @@ class Step:
         self.fuses: tuple[torch.dtype, ...] = ()
         self.ran: dict[str, int] = {}  # how often each layer ran
         self.unknown: list[str] = []  # layers that ran and that the placement does not have
-        self.taken: list[bool] = []  # by PerturbedLoss; a list, which an output's hook can hold without the step
+        self.sent = Sent()
         self.again = False  # a second run by torch.utils.checkpoint, in the backward pass
         self.part: Part | None = None  # of the perturbed rows of all processes
         self.activities: dict[str, Tensor] = {}  # h_l by point, before its cut, until the loss has taken them
         self.blocks: dict[str, tuple[Behind, Tensor, Tensor | None]] = {}  # fused ones, what phi' is read from, and the winners
         self.predictions: list[Tensor] = []  # [parts, rows, outputs] of each point: their sum is sum_l Xi_l B_l
         self.outputs: list[Tensor] = []
+        self.own = True  # the loss takes the outputs themselves, no functions of them
         self.changes: list[Tensor | None] = []  # of the outputs, by the noise
         self.layouts: list[Layout] = []  # of the outputs
         self.inputs: tuple[Any, ...] = ()
@@ -82,8 +84,11 @@ class Step:
 
     def count(self, weight: Any) -> tuple[str, int]:
         """Which layer runs: its name, and how often it ran before in this step."""
-        name = self.placement.names.get(id(weight)) or self.network.entered or "layer"
-        self.network.entered = ""
+        network = self.network
+        name = self.placement.names.get(id(weight)) or network.entered or "layer"
+        if (name, self.ran.get(name, 0)) not in self.placement.layers and name == "layer" and not torch.compiler.is_compiling():
+            name = network.renamed(self.placement, weight)
+        network.entered = ""
         times = self.ran.get(name, 0)
         self.ran[name] = times + 1
         return name, times
@@ -104,7 +109,7 @@ class Step:
         if last is not None and self.activities[last].requires_grad and not torch.is_grad_enabled():
             raise ValueError(
                 f"point {point.name!r} runs under torch.no_grad behind point {last!r}, and its layers would get no gradient: "
-                "torch.utils.checkpoint needs use_reentrant=False"
+                "torch.utils.checkpoint needs use_reentrant=False, and of layers that are to learn nothing exclude=[...] takes their points"
             )
         self.activities[point.name] = h
 

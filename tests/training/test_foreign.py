@@ -1,0 +1,344 @@
+"""Models and loops as others write them: a converted network does what the plain one would, or says why not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fbkernels as fb
+
+X, Y = torch.randn(6, 8, dtype=torch.float64), torch.randint(4, (6,))
+
+
+class Net(nn.Module):
+    """Two hidden layers, one beside them and an output layer; ``how`` says what forward does with them."""
+
+    def __init__(self, how: Callable[[Net, Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.o = nn.Linear(8, 16), nn.Linear(16, 12), nn.Linear(16, 12), nn.Linear(12, 4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        return self.how(self, x)
+
+
+def made(how: Callable[[Net, Tensor], Any]) -> Net:
+    torch.manual_seed(0)
+    return Net(how).double()
+
+
+def filled(net: Net, x: Tensor) -> Tensor:
+    z = torch.zeros(len(x), 16, dtype=x.dtype)
+    z[:, :] = torch.tanh(net.a(x))
+    return net.o(torch.tanh(net.b(z) + net.c(z)))
+
+
+def filled_by_columns(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    z = h.new_zeros(16, len(x)).index_add_(0, torch.arange(16), h.T)
+    return net.o(torch.tanh(net.b(z.T) + net.c(h)))
+
+
+def features(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(net.b(torch.tanh(net.a(x))))
+    return net.o(h), h
+
+
+def detached(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    return net.o(torch.tanh(net.b(h)) + torch.tanh(net.c(h)).detach())
+
+
+def two_heads(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.tanh(net.a(x))
+    return net.o(torch.tanh(net.b(h))), torch.tanh(net.c(h))
+
+
+MODELS = [filled, filled_by_columns, features, detached, two_heads]
+
+
+def logits(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def both(out: tuple[Tensor, Tensor], y: Tensor, reduction: str = "mean") -> Tensor:
+    losses = F.cross_entropy(out[0], y, reduction="none") + 0.3 * out[1].square().sum(1)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def gradients(net: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
+    net.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def equal(got: dict[str, Tensor | None], want: dict[str, Tensor | None]) -> None:
+    for name, g in want.items():
+        assert (got[name] is None) == (g is None), name
+        if g is not None:
+            torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-12)
+
+
+def learned(got: dict[str, Tensor | None], want: dict[str, Tensor | None], *names: str) -> None:
+    """Not backprop's gradients, nor any where backprop has none."""
+    for name in names:
+        g, w = got[name], want[name]
+        assert (g is None) == (w is None), name
+        assert g is None or F.cosine_similarity(g.flatten(), w.flatten(), 0).abs() < 0.9, name
+
+
+def exact(net: nn.Module) -> dict[str, Tensor | None]:
+    """The plain network's."""
+    return gradients(net, nn.CrossEntropyLoss()(logits(net(X)), Y))
+
+
+@pytest.mark.parametrize("how", MODELS)
+def test_layerwise_weight_transport_is_backprop(how: Callable[[Net, Tensor], Any]) -> None:
+    net = fb.convert(made(how), feedback="layerwise", rule=fb.WeightTransport())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    equal(gradients(net, criterion(logits(net(X)), Y)), exact(made(how)))
+
+
+@pytest.mark.parametrize("how", MODELS)
+def test_direct_feedback_has_a_point_at_each_hidden_layer(how: Callable[[Net, Tensor], Any]) -> None:
+    net = fb.convert(made(how), feedback="direct", rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    want = exact(made(how))
+    for _ in range(2):
+        got = gradients(net, criterion(logits(net(X)), Y))
+        learned(got, want, "a.weight", "b.weight", "c.weight")
+        torch.testing.assert_close(got["o.weight"], want["o.weight"])
+
+
+@pytest.mark.parametrize("rule", [fb.WeightTransport(), fb.Fixed()], ids=repr)
+@pytest.mark.parametrize("how", [features, two_heads])
+def test_a_criterion_of_two_outputs(how: Callable[[Net, Tensor], Any], rule: fb.Rule) -> None:
+    net, plain = fb.convert(made(how), feedback="layerwise", rule=rule), made(how)
+    loss = fb.PerturbedLoss(both, net)(net(X), Y)
+    got, want = gradients(net, loss), gradients(plain, both(plain(X), Y))
+    torch.testing.assert_close(loss.detach(), both(plain(X), Y).detach())
+    equal(got, want if isinstance(rule, fb.WeightTransport) else {k: g for k, g in want.items() if k[0] == "o"})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_get_their_own_gradient_too(compiled: bool) -> None:
+    """Direct: what a loss takes of the features is exact, beside e B^T of all outputs."""
+    net, plain = fb.convert(made(features), rule=fb.Fixed()), made(features)
+    criterion = fb.PerturbedLoss(both, net)
+    net(X)
+    run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+    out = run(X)
+    got = gradients(net, criterion(out, Y))["b.bias"]
+    h = plain(X)[1]
+    own = gradients(plain, 0.3 * h.square().sum(1).mean())["b.bias"]
+    e = torch.cat((torch.softmax(out[0], 1) - F.one_hot(Y, 4), 0.6 * h), 1).detach() / 6
+    through = ((e @ net.b.feedback.B.T) * (1 - h.detach() ** 2)).sum(0)
+    torch.testing.assert_close(got, own + through, rtol=1e-10, atol=1e-12)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+
+
+def other_tensors(net: nn.Module) -> None:
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+
+
+def another_parameter(net: nn.Module) -> None:
+    net[2].weight = nn.Parameter(net[2].weight.detach().clone())
+
+
+def other_layers(net: nn.Module) -> None:
+    net[0], net[2] = nn.Linear(8, 16).double(), nn.Linear(16, 12).double()
+
+
+@pytest.mark.parametrize("change", [other_tensors, another_parameter, other_layers])
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_no_step_of_backprop_after_a_change(change: Callable[[nn.Module], None], feedback: str) -> None:
+    net, plain = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed()), mlp()
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    before = {k for k in net.state_dict() if k.endswith(".B")}
+    change(net)
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if "feedback" not in k})
+    for _ in range(3):
+        learned(gradients(net, criterion(net(X), Y)), exact(plain), "0.weight")
+    assert before == {k for k in net.state_dict() if k.endswith(".B")}
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_functional_call(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    want = gradients(net, criterion(net(X), Y))
+    for _ in range(3):
+        given = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        criterion(torch.func.functional_call(net, given, (X,)), Y).backward()
+        equal({name: p.grad for name, p in given.items()}, want)
+
+
+def test_a_weight_that_is_computed_since_convert() -> None:
+    net = fb.convert(mlp(), rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    parametrizations.weight_norm(net[0])
+    parametrizations.weight_norm(net[2])
+    with pytest.warns(UserWarning, match="the weights of 0, 2 are computed since convert: this step trains those layers by backprop"):
+        criterion(net(X), Y).backward()
+    got, want = gradients(net, criterion(net(X), Y)), exact(mlp())
+    learned({"0": got["0.parametrizations.weight.original1"]}, {"0": want["0.weight"]}, "0")
+    assert list(fb.points(net)) == ["0", "2"]
+
+
+def test_rows_of_the_output_in_another_order() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    x, y = torch.randn(4, 5, 8, dtype=torch.float64), torch.randint(4, (4, 5))
+    views: list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = [
+        lambda out, y: (out.reshape(-1, 4), y.reshape(-1)),
+        lambda out, y: (out.transpose(0, 1).reshape(-1, 4), y.T.reshape(-1)),
+        lambda out, y: (out.transpose(1, 2), y),
+        lambda out, y: (2 * out.reshape(-1, 4) / 2, y.reshape(-1)),
+    ]
+    found = []
+    for view in views:
+        net = fb.convert(copy.deepcopy(plain), rule=fb.Joint())
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        for _ in range(3):
+            got = gradients(net, criterion(*view(net(x), y)))
+        found.append(got)
+    for got in found[1:]:
+        equal(got, found[0])
+    net = fb.convert(plain, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    order = torch.tensor([3, 1, 0, 2])
+    with pytest.raises(ValueError, match="a linear function of it that leaves the samples in order"):
+        criterion(net(x)[order].transpose(1, 2), y[order])
+
+
+def test_many_rows_in_low_precision() -> None:
+    """The numbers of a thousand samples are no numbers of bfloat16."""
+    net = fb.convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).bfloat16(), rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(torch.randn(1000, 8).bfloat16()).float() / 0.7, torch.randint(4, (1000,))).backward()
+    assert net[0].weight.grad.norm() > 0
+
+
+def test_a_gradient_from_outside_of_the_loss_is_told() -> None:
+    net = fb.convert(mlp(), rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    out = net(X)
+    loss = criterion(out, Y) + out.square().mean()
+    with pytest.warns(UserWarning, match="a part of the output's gradient is from outside of PerturbedLoss"):
+        loss.backward()
+
+
+def test_a_model_that_adds_a_loss_or_chooses() -> None:
+    net = fb.convert(made(lambda net, x: (net.o(torch.tanh(net.b(torch.tanh(net.a(x))))), net.a(x).square().mean())))
+    with pytest.raises(ValueError, match=r"the network's output of shape \(\) cannot be matched with the samples of its input \(6, 8\)"):
+        net(X)
+
+    def routed(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        chosen = (h[:, 0] > 0).nonzero()[:, 0]
+        return net.o(torch.tanh(net.b(h)).index_add(0, chosen, net.c(h[chosen])))
+
+    net = fb.convert(made(routed), noise_std=2.0, exclude=["c"])
+    with pytest.raises(ValueError, match="the model chooses by the values of its activities"):
+        net(torch.randn(600, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_direct_feedback_wants_images_of_one_size(dtype: torch.dtype) -> None:
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    plain = nn.Sequential(*layers).to(dtype)
+    net = fb.convert(plain, rule=fb.Joint())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        criterion(net(torch.randn(6, 3, 8, 8, dtype=dtype)), Y).backward()
+    with pytest.raises(ValueError, match="feedback='layerwise' they may differ"):
+        criterion(net(torch.randn(6, 3, 12, 12, dtype=dtype)), Y).backward()
+    net = fb.convert(plain, feedback="layerwise", rule=fb.WeightMirror())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for size in (8, 12):
+        criterion(net(torch.randn(6, 3, size, size, dtype=dtype)), Y).backward()
+
+
+def tokens(net: Net, x: Tensor) -> Tensor:
+    """[N, T, features] throughout."""
+    return net.o(torch.tanh(net.b(torch.tanh(net.a(x)))).mean(1))
+
+
+def merged(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x)).reshape(-1, 16)
+    return net.o(torch.tanh(net.b(h)).reshape(len(x), -1, 12).mean(1))
+
+
+def windows(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x)).unflatten(1, (2, -1)).permute(1, 0, 2, 3).reshape(2 * len(x), -1, 16)
+    return net.o(torch.tanh(net.b(h)).unflatten(0, (2, -1)).mean((0, 2)))
+
+
+def time_first(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x)).transpose(0, 1)
+    return net.o(torch.tanh(net.b(h)).mean(0))
+
+
+RULES = [fb.Ridge(), fb.LMS(1e-3), fb.NormalizedLMS(1e-2), fb.Joint(), fb.SyntheticGradient(1e-3), fb.WeightTransport(), fb.Fixed()]
+
+
+@pytest.mark.parametrize("how", [merged, windows, time_first])
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_rows_that_a_layer_reads_are_no_samples(how: Callable[[Net, Tensor], Tensor], rule: fb.Rule) -> None:
+    """Layerwise B learns what it does where they are; also where there are as many places as samples."""
+    x = torch.randn(6, 6, 8, dtype=torch.float64)
+    found = []
+    for forward in (tokens, how):
+        net = fb.convert(made(forward), feedback="layerwise", rule=rule)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        for _ in range(4):
+            got = gradients(net, criterion(net(x), Y))
+        found.append(got | {"B": net.a.feedback.B})
+    found[0].pop("c.weight"), found[0].pop("c.bias")
+    equal(found[1], found[0])
+
+
+def test_node_perturbation_where_time_comes_first() -> None:
+    """The noise of a sample's rows is multiplied with that sample's loss change."""
+    x = torch.randn(6, 6, 8, dtype=torch.float64)
+
+    def first(net: Net, x: Tensor) -> Tensor:
+        return net.o(torch.tanh(net.a(x.transpose(0, 1))).mean(0)[:, :12])
+
+    def last(net: Net, x: Tensor) -> Tensor:
+        return net.o(torch.tanh(net.a(x)).mean(1)[:, :12])
+
+    found = []
+    for forward in (first, last):
+        net = fb.convert(made(forward), rule=fb.NodePerturbation())
+        found.append(gradients(net, fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), Y)))
+    equal({"a.weight": found[0]["a.weight"]}, {"a.weight": found[1]["a.weight"]})
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_layer_that_every_second_step_skips(feedback: str) -> None:
+    """It gets its point though the recording before each forward sees the path of that forward alone."""
+    runs = [False]
+    net = fb.convert(
+        made(lambda net, x: net.o(torch.tanh(net.b(h := torch.tanh(net.a(x))) + (net.c(h) if runs[0] else 0)))),
+        feedback=feedback,
+        rule=fb.Fixed(),
+    )
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for step in range(4):
+        runs[0] = step % 2 == 1
+        criterion(net(X), Y).backward()
+    assert len(fb.points(net)) == 3
