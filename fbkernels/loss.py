@@ -116,13 +116,16 @@ class PerturbedLoss(nn.Module):
         if step is not None:
             step.sent.taken = True
         chosen = None if step is None else given(step, output)
+        exact = network.settings.layerwise and step is not None and not (rule.measures or network.probe or step.constant)
+        if chosen is None and exact and step is not None and descends(step, output):  # autograd knows the rest
+            chosen = [*range(len(step.outputs))]
         if step is None or chosen is None:
             raise ValueError(
-                "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it "
-                "that leaves the samples in order; what else follows belongs into forward, a loss of several parts is one criterion, and "
-                "mixup mixes the targets instead of the losses"
+                "PerturbedLoss must be called once, with the output of its own network's last training forward, or that reshaped, sliced, "
+                "cast or scaled with its samples in order; what else follows, a full backward hook on the whole network too, belongs into "
+                "forward, a loss of several parts is one criterion, and mixup mixes the targets instead of the losses"
             )
-        if network.settings.layerwise and not (rule.measures or network.probe or step.constant):
+        if exact:
             loss: Tensor = self.criterion(output, target)
             with torch.no_grad():
                 if not (network.looks and all(math.isfinite(float(step.outputs[i].sum())) for i in chosen)):
@@ -177,6 +180,24 @@ def given(step: Step, output: Any) -> list[int] | None:
     return chosen or None
 
 
+def descends(step: Step, output: Any) -> bool:
+    """Whether all of it is computed from outputs of this step."""
+    if torch.compiler.is_compiling():
+        return False
+    ours = {own.grad_fn for own in step.outputs}
+    for t in tree_flatten(output)[0]:
+        if isinstance(t, Tensor):
+            todo, seen = [t.grad_fn], set[Any]()
+            while todo and todo[-1] not in ours:
+                node = todo.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    todo += [before for before, _ in node.next_functions]
+            if not todo:
+                return False
+    return True
+
+
 def same(logits: Tensor, own: Tensor) -> bool:
     """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
     if logits is own:
@@ -187,36 +208,25 @@ def same(logits: Tensor, own: Tensor) -> bool:
     return bool(node.next_functions[logits.output_nr] == (own.grad_fn, own.output_nr))
 
 
-# linear functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
-_LINEAR = {
-    *(
-        "ToCopy",
-        "Squeeze",
-        "Unsqueeze",
-        "View",
-        "ReshapeAlias",
-        "UnsafeView",
-        "Clone",
-        "Select",
-        "Slice",
-        "Alias",
-        "Transpose",
-        "Permute",
-        "T",
-    ),
-    *("Div", "Mul", "Neg", "Index", "IndexSelect", "Flatten", "Unflatten"),
+# affine functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
+# fmt: off
+_AFFINE = {
+    "Add", "Alias", "Clone", "Div", "Expand", "Flatten", "Index", "IndexSelect", "Mean", "Mm", "Mul", "Neg", "Permute",
+    "ReshapeAlias", "Rsub", "Select", "Slice", "Squeeze", "Sub", "Sum", "T", "ToCopy", "Transpose", "Unflatten", "UnsafeView",
+    "Unsqueeze", "View",
 }
+# fmt: on
 
 
 def followed(step: Step, i: int, t: Tensor) -> bool:
-    """Whether t is output i behind linear functions of torch that leave the samples in order: then it takes that output's place, and its
+    """Whether t is output i behind affine functions of torch that leave the samples in order: then it takes that output's place, and its
     change is what they make of it."""
     own, change = step.outputs[i], step.changes[i]
     node: Any = None if torch.compiler.is_compiling() else t.grad_fn
     which = t.output_nr  # of what node made
     while node is not None and (node, which) != (own.grad_fn, own.output_nr):
         before = [edge for edge in node.next_functions if edge[0] is not None]
-        if node.name().rstrip("0123456789").removesuffix("Backward") not in _LINEAR or len(before) != 1:
+        if node.name().rstrip("0123456789").removesuffix("Backward") not in _AFFINE or len(before) != 1:
             return False
         ((node, which),) = before
     if node is None or step.partial() or t.ndim == 0 or (step.samples and len(t) % step.samples):

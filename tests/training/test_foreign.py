@@ -207,6 +207,7 @@ def test_rows_of_the_output_in_another_order() -> None:
         lambda out, y: (out.transpose(0, 1).reshape(-1, 4), y.T.reshape(-1)),
         lambda out, y: (out.transpose(1, 2), y),
         lambda out, y: (2 * out.reshape(-1, 4) / 2, y.reshape(-1)),
+        lambda out, y: (out.flatten(0, 1) @ torch.eye(4, dtype=out.dtype) + 0.5, y.reshape(-1)),
     ]
     found = []
     for view in views:
@@ -220,8 +221,25 @@ def test_rows_of_the_output_in_another_order() -> None:
     net = fb.convert(plain, rule=fb.Fixed())
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     order = torch.tensor([3, 1, 0, 2])
-    with pytest.raises(ValueError, match="a linear function of it that leaves the samples in order"):
+    with pytest.raises(ValueError, match="reshaped, sliced, cast or scaled with its samples in order"):
         criterion(net(x)[order].transpose(1, 2), y[order])
+
+
+@pytest.mark.parametrize("rule", [fb.WeightTransport(), fb.Fixed(), fb.WeightMirror()], ids=repr)
+def test_layerwise_rules_that_measure_nothing_take_any_loss(rule: fb.Rule) -> None:
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        z = out - out.mean(0)
+        return F.cross_entropy(z, y) + (z.T @ z).square().sum()
+
+    net, plain = fb.convert(mlp(), feedback="layerwise", rule=rule), mlp()
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    z = (out := net(X)) - out.mean(0)
+    got, want = gradients(net, criterion(z, Y) + (z.T @ z).square().sum()), gradients(plain, loss(plain(X), Y))
+    equal(got, want if isinstance(rule, fb.WeightTransport) else {k: want[k] for k in ("4.weight", "4.bias")})
+    old = net(X) ** 2
+    net(X)
+    with pytest.raises(ValueError, match="with the output of its own network's last training forward"):
+        criterion(old, Y)
 
 
 def test_many_rows_in_low_precision() -> None:
