@@ -103,7 +103,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     if name == "digits":
         return _digits()
     if data_dir is None:
-        raise ValueError(f"data_dir=None: {name} is read from files, expected the folder that holds them (--data-dir; {_PUBLISHED[name].title})")
+        raise ValueError(
+            f"data_dir=None: {name} is read from files, expected the folder that holds them ({_PUBLISHED[name].title}): --data-dir"
+        )
     published = _PUBLISHED[name]
     layout, paths = _find(name, Path(data_dir))
     if name == "mnist":

@@ -111,8 +111,8 @@ class FeedbackPoint(Stateful):
         self.layout, B = layout, self.state.get("B")
         if B is not None and not self.network.settings.layerwise and len(B) != layout.units:
             raise ValueError(
-                f"B of point {self.name!r} has {len(B)} rows, the activity {layout.units} units: direct feedback takes images and sequences "
-                "of one size; with feedback='layerwise' they may differ"
+                f"B of point {self.name!r} has {len(B)} rows, the activity {layout.units} units: direct feedback takes images and "
+                "sequences of one size; with feedback='layerwise' they may differ"
             )
 
     @property
