@@ -115,6 +115,11 @@ class PerturbedLoss(nn.Module):
         if step is not None:
             step.taken = True
         chosen = None if step is None else given(step, output)
+        if network.placement is None:
+            raise ValueError(
+                "the network of this PerturbedLoss has taken no training forward: it is not the one that gave this output. A loss pickled "
+                "alone has a network of its own: pickle it together with the network, or make another, PerturbedLoss(criterion, net)"
+            )
         if step is None or chosen is None:
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of the network's last training forward, or a linear function of it; "
