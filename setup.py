@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,17 +17,20 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CXX = os.environ.get("CXX", "g++")
-CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -fno-math-errno -Wall -Wextra -Werror"
+CXXFLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wextra"
+WERROR = os.environ.get("FBK_WERROR") == "1"  # another compiler than CI's may warn of more
 # at -O3 it compiles for minutes; at -O1 gcc 12 warns of avx512fintrin.h again
 SANITIZERS = "-O1 -Wno-uninitialized -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 SANITIZE = SANITIZERS if os.environ.get("FBK_SANITIZE") == "1" else ""
-NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Werror all-warnings"
-# each *_simd.cpp is compiled once for each of these, the rest for the baseline; gcc 12 warns of its own avx512fintrin.h (PR105593)
+NVCCFLAGS = "-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra"
+# each *_simd.cpp is compiled once for each of these, the rest for the baseline; gcc 12 warns of its own avx512fintrin.h (PR105593), and
+# clang does not know that warning
 SIMD = {"portable": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     SIMD |= {
         "avx2": "-mavx2 -mfma",
-        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512 -Wno-maybe-uninitialized",
+        "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
+        " -Wno-maybe-uninitialized -Wno-unknown-warning-option",
     }
 
 
@@ -70,6 +75,21 @@ def cuda_toolkit() -> Nvcc | str:
         return f"{error} when it was built"
 
 
+def openmp() -> str:
+    """The flag, or nothing where the compiler has no OpenMP, as zig's clang has not: kernels then run in one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "openmp.cpp")
+        source.write_text("#include <omp.h>\nint main() { return omp_get_num_procs(); }\n")
+        command = f"{CXX} -fopenmp {shlex.quote(str(source))} -o {shlex.quote(folder)}/openmp"
+        return "" if subprocess.run(command, shell=True, capture_output=True).returncode else "-fopenmp"
+
+
+def digest(csrc: Path) -> str:
+    """Of the sources, as in fbkernels/ops/_op.py, which compares them where they lie beside it."""
+    files = sorted(p for p in csrc.iterdir() if p.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+
+
 def gencode(archs: str) -> list[str]:
     """Machine code for each of ``"80;90"``, and PTX of the last for what comes after it."""
     names = archs.split(";")
@@ -86,18 +106,21 @@ class NinjaBuild(build_ext):
         archs = os.environ.get("FBK_CUDA_ARCHS", "80;90")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        config = {"FBK_VERSION": self.distribution.get_version()}
+        config = {"FBK_VERSION": self.distribution.get_version(), "FBK_SOURCES": digest(Path("csrc"))}
         config |= {"FBK_CUDA_OFF": cuda} if isinstance(cuda, str) else {"FBK_NVCC": cuda.release, "FBK_CUDA_ARCHS": archs}
         device = "dl_cpu" if isinstance(cuda, Nvcc) and cuda.release == "emulated" else "dl_cuda"
         defines = [f'#define {name} "{value}"\n' for name, value in config.items()]
         write_if_changed(build / "build_config.h", "".join((*defines, f"#define FBK_GPU fbk::{device}\n")))
         print(f"fbkernels: CUDA off, {cuda}" if isinstance(cuda, str) else f"fbkernels: CUDA {cuda.release}, {archs}", flush=True)
 
-        cxx = f"{CXX} -MD -MF $out.d {CXXFLAGS} {SANITIZE}"
+        parallel = openmp()
+        if not parallel:
+            print(f"fbkernels: {CXX} has no OpenMP, kernels will run in one thread", flush=True)
+        cxx = f"{CXX} -MD -MF $out.d {CXXFLAGS} {parallel or '-Wno-unknown-pragmas'} {'-Werror' * WERROR} {SANITIZE}"
         include = shlex.join((f"-I{build}", "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()))
         lines = [
             f"rule cxx\n  command = {cxx} {include} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {CXX} -shared -fopenmp {SANITIZE} -s -Wl,--exclude-libs,ALL $in $libs -o $out",
+            f"rule link\n  command = {CXX} -shared {parallel} {SANITIZE} -s -Wl,--exclude-libs,ALL $in $libs -o $out",
         ]
         objects = []
 
@@ -116,7 +139,8 @@ class NinjaBuild(build_ext):
             if cuda.release == "emulated":  # for tests: blocks and threads on the CPU, on tensors that are there
                 command = f"{cxx} -Wno-clobbered -Wno-unknown-pragmas -I{Path('tests/support/emulation').resolve()} -x c++ -c $in -o $out"
             else:
-                command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {' '.join(gencode(archs))} -c $in -o $out"
+                werror = "-Werror all-warnings" * WERROR
+                command = f"{shlex.quote(cuda.path)} -MD -MF $out.d {NVCCFLAGS} {werror} {' '.join(gencode(archs))} -c $in -o $out"
                 # static, so that the module imports where there is no CUDA
                 libs = shlex.join((*cuda.libraries, "-l:libcudart_static.a", "-ldl", "-lpthread", "-lrt"))
             lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")

@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <string>
@@ -40,15 +41,26 @@ static std::vector<std::string> simd_paths() {
       __builtin_cpu_supports("avx512vl"))
     paths.push_back("avx512");
 #endif
+  if (const char* best = std::getenv("FBK_SIMD")) {  // as if the CPU had no more
+    auto found = std::find(paths.begin(), paths.end(), best);
+    std::string all;
+    for (const auto& path : paths) all += (all.empty() ? "" : ", ") + path;
+    require(found != paths.end(), "FBK_SIMD must be one of " + all + " here, got '" + best + "'");
+    paths.erase(found + 1, paths.end());
+  }
   return paths;
 }
 
-static const std::vector<std::string> usable_simd = simd_paths();
+static const std::vector<std::string>& usable_simd() {
+  static const std::vector<std::string> paths = simd_paths();
+  return paths;
+}
 
 static fbk::Simd simd_named(const std::string& name) {
-  auto found = name.empty() ? usable_simd.end() - 1 : std::find(usable_simd.begin(), usable_simd.end(), name);
-  require(found != usable_simd.end(), "simd must be one of simd_paths(), got '" + name + "'");
-  return fbk::Simd(found - usable_simd.begin());
+  const auto& paths = usable_simd();
+  auto found = name.empty() ? paths.end() - 1 : std::find(paths.begin(), paths.end(), name);
+  require(found != paths.end(), "simd must be one of simd_paths(), got '" + name + "'");
+  return fbk::Simd(found - paths.begin());
 }
 
 template <class Enum>
@@ -674,6 +686,7 @@ static std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& c, const st
 static py::dict build_info() {
   py::dict info;
   info["version"] = FBK_VERSION;
+  info["sources"] = FBK_SOURCES;
 #ifdef __clang__
   info["compiler"] = "clang " __clang_version__;
 #else
@@ -692,7 +705,7 @@ static py::dict build_info() {
 #else
   info["simd_compiled"] = std::vector<std::string>{"portable"};
 #endif
-  info["simd"] = usable_simd.back();
+  info["simd"] = usable_simd().back();
   return info;
 }
 
@@ -737,6 +750,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("ridge_gain", &ridge_gain, "R"_a, "w"_a, "V"_a, "V_out"_a, "Q"_a, "M"_a, "G"_a, "scratch"_a, "gamma"_a,
         "forgetting"_a, "simd"_a = "", "A batch of recursive least squares: V, Q = D R V^-1, M = R^T Q and G = w * Q.");
   m.def("philox", &philox, "counter"_a, "key"_a, "Philox4x32-10 of one counter.");
-  m.def("simd_paths", [] { return usable_simd; }, "Paths that this CPU can run, the fastest last.");
+  m.def(
+      "simd_paths", [] { return usable_simd(); },
+      "Paths that this CPU can run, the fastest last; none beyond FBK_SIMD.");
   m.def("build_info", &build_info);
 }

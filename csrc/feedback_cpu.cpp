@@ -1,8 +1,8 @@
 #include "feedback.h"
 
-#include <omp.h>
-
 #include <algorithm>
+
+#include "threads.h"
 
 namespace fbk {
 

@@ -26,7 +26,7 @@ FBK_INLINE f32v unzip(f32v a, f32v b) {
   if constexpr (sizeof...(lane) < lanes)
     return unzip<half, upper, lane..., sizeof...(lane)>(a, b);
   else
-    return __builtin_shuffle(a, b, i32v{((lane & half ? lanes : 0) + (lane & ~half) + (upper ? half : 0))...});
+    return FBK_SHUFFLE(a, b, ((lane & half ? lanes : 0) + (lane & ~half) + (upper ? half : 0))...);
 }
 
 // v[i] <- column i of the lanes x lanes matrix whose rows are v

@@ -1,10 +1,10 @@
 #include "mirror.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cfloat>
 #include <memory>
+
+#include "threads.h"
 
 namespace fbk {
 

@@ -1,8 +1,7 @@
-#include <omp.h>
-
 #include <algorithm>
 
 #include "noise.h"
+#include "threads.h"
 
 namespace fbk {
 

@@ -1,11 +1,11 @@
 #include "perturbed_cross_entropy.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
+
+#include "threads.h"
 
 namespace fbk {
 

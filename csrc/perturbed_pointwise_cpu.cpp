@@ -1,8 +1,8 @@
 #include "perturbed_pointwise.h"
 
-#include <omp.h>
-
 #include <algorithm>
+
+#include "threads.h"
 
 namespace fbk {
 

@@ -1,5 +1,3 @@
-#include <omp.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -7,6 +5,7 @@
 #include <stdexcept>
 
 #include "pooled_weight_gradient.h"
+#include "threads.h"
 
 namespace fbk {
 

@@ -134,6 +134,13 @@ FBK_INLINE f32v sqrt(f32v a) {
 }
 #endif
 
+// clang has no __builtin_shuffle, gcc before 12 no __builtin_shufflevector
+#ifdef __clang__
+#define FBK_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FBK_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, i32v{__VA_ARGS__})
+#endif
+
 #ifdef __AVX2__
 // Words of Philox stand in the low halves of 64-bit lanes. The high halves hold rubbish: 32-bit products do not read
 // them, so nothing is masked between rounds, and one vpmuludq yields both halves of a product.
@@ -144,14 +151,14 @@ FBK_INLINE f32v fma(f32v a, f32v b, f32v c) { return mul_add(a, b, c); }
 #if defined(__AVX512F__)
 FBK_INLINE u64v mul32(u64v a, uint32_t b) { return (u64v)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b)); }
 FBK_INLINE void interleave(f32v a, f32v b, f32v& low, f32v& high) {
-  low = __builtin_shuffle(a, b, i32v{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-  high = __builtin_shuffle(a, b, i32v{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  low = FBK_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high = FBK_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #elif defined(__AVX2__)
 FBK_INLINE u64v mul32(u64v a, uint32_t b) { return (u64v)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
 FBK_INLINE void interleave(f32v a, f32v b, f32v& low, f32v& high) {
-  low = __builtin_shuffle(a, b, i32v{0, 8, 1, 9, 2, 10, 3, 11});
-  high = __builtin_shuffle(a, b, i32v{4, 12, 5, 13, 6, 14, 7, 15});
+  low = FBK_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = FBK_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 }
 #endif
 

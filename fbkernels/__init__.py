@@ -1,5 +1,7 @@
 """Train networks by learned feedback weights instead of backprop's weight transport (Lansdell, Prakash & Kording, ICLR 2020)."""
 
+__version__ = "0.1.0"  # of the distribution too
+
 from fbkernels import functional, metrics, rules
 from fbkernels.convert import convert, flush, points, revert
 from fbkernels.fused_mlp import FusedMLP
@@ -9,8 +11,6 @@ from fbkernels.ops import backends, build_info
 from fbkernels.rules import *  # noqa: F403  # all rules, named once
 from fbkernels.summary import summary
 from fbkernels.training.point import FeedbackPoint
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Conv2d",

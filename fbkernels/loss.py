@@ -119,6 +119,11 @@ class PerturbedLoss(nn.Module):
         exact = network.settings.layerwise and step is not None and not (rule.measures or network.probe or step.constant)
         if chosen is None and exact and step is not None and descends(step, output):  # autograd knows the rest
             chosen = [*range(len(step.outputs))]
+        if network.placement is None:
+            raise ValueError(
+                "the network of this PerturbedLoss has taken no training forward: it is not the one that gave this output. A loss pickled "
+                "alone has a network of its own: pickle it together with the network, or make another, PerturbedLoss(criterion, net)"
+            )
         if step is None or chosen is None:
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of its own network's last training forward, or that reshaped, sliced, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     Shapes are known after the first training forward; until then they read "?". With a batch ``x`` of inputs (on the meta device, if you
     like: only its shape counts) they are predicted, by a training step of plain torch operators on a copy without data, and with them
     ``peak``, the bytes that such a step holds at most: parameters, gradients, activities of both streams, B and its statistics; not what an
-    optimiser keeps. The fused kernels need less.
+    optimiser keeps, nor what it takes to draw the noise. The fused kernels need less.
 
     Raises:
         TypeError: net is not a converted network.
@@ -69,9 +69,9 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     text, peak = "", None
     if x is not None:
         network.flush()
-        with _Peak() as memory:
-            root = copy.deepcopy(root).to("meta").train()
-            network_of(root).adopt(network)
+        root = copy.deepcopy(root).to("meta").train()
+        network_of(root).adopt(network)
+        with _Peak(root) as memory:
             z = root(x.to("meta"))
             PerturbedLoss(_squares, root)(z, None).sum().backward()
             network_of(root).flush()
@@ -101,17 +101,36 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in state.values())
 
 
-class _Peak(TorchDispatchMode):
-    """The most bytes at once of what operators make in the ``with`` block."""
+def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> tuple[Tensor, ...]:
+    kept = x.shape[1] if training else 0
+    return torch.empty_like(x), x.new_empty(kept), x.new_empty(kept)
 
-    def __init__(self) -> None:
+
+def _batch_norm_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return tuple(t if wanted else None for t, wanted in zip((torch.empty_like(x), *x.new_empty(2, x.shape[1])), rest[-1], strict=True))
+
+
+# torch's meta kernels of these are dozens of calls in Python
+_DECOMPOSED: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_batch_norm.default: _batch_norm,
+    torch.ops.aten.native_batch_norm_backward.default: _batch_norm_backward,
+    torch.ops.aten.threshold_backward.default: lambda g, *rest: torch.empty_like(g),
+}
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes at once of a network and of what operators make in the ``with`` block."""
+
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
+        held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*net.parameters(), *net.buffers())}
+        self.known, self.now = set(held), sum(held.values())
+        self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
+        made = _DECOMPOSED.get(func) if args and isinstance(args[0], Tensor) and args[0].is_meta else None
+        out = func(*args, **(kwargs or {})) if made is None else made(*args)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 from collections import namedtuple
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fbkernels import __version__
 from fbkernels._check import one_of
 from fbkernels._compile import constant
 
@@ -23,6 +26,23 @@ except ImportError as error:
         f"fbkernels._C, the compiled part, cannot be imported ({error}). "
         "Either `pip install .` and run Python outside the source folder, or `pip install -e .`"
     ) from error
+
+
+def digest(csrc: Path) -> str:
+    """What setup.py compiles in of the sources."""
+    files = sorted(p for p in csrc.iterdir() if p.suffix in (".cpp", ".cu", ".h"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+def stale(build: Mapping[str, Any], csrc: Path) -> bool:
+    """Whether the compiled part is of another version, or of other sources than those that lie beside the package."""
+    if build["version"] != __version__:
+        return True
+    return (csrc / "fused_mlp.h").exists() and build.get("sources") != digest(csrc)
+
+
+if stale(_C.build_info(), Path(__file__).parents[2] / "csrc"):
+    raise ImportError(f"{_C.__file__} was not compiled from the sources of fbkernels {__version__} that are here: run `pip install` again")
 
 C: Any = _C  # tests put an emulated one here
 BACKENDS = ("reference", "cpp", "triton", "cuda")

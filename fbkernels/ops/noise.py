@@ -127,6 +127,8 @@ def check(a: Call) -> None:
 
 
 def reference(a: Call) -> Tensor:
+    if a.step.is_meta:  # Philox is 180 calls, for which torch's meta kernels take a millisecond each
+        return outputs(a)
     return definition.noise(a.seed, a.step, a.point, a.samples, a.units, a.std, a.kind, a.dtype, a.step.device, a.offset)
 
 

@@ -410,7 +410,8 @@ class Network(Stateful):
 
     def _flush_points(self) -> None:
         for point in self.points.values():
-            point.flush()
+            if point.pending is not None or self.settings.rule.follows:
+                point.flush()
 
     def advance(self) -> None:
         self.step.add_(1)
@@ -435,6 +436,10 @@ class Network(Stateful):
 
     def extra_repr(self) -> str:
         return str(self.settings)
+
+    def __prepare_scriptable__(self) -> Network:
+        """What torch.jit.script calls of each module first."""
+        raise TypeError("a converted network cannot be scripted: torch.jit.script(fbkernels.revert(net)), which is what it is in eval")
 
     # checkpoints
 

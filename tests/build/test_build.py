@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from fbkernels import _C, ops
+from fbkernels.ops import _op
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +101,56 @@ def test_architectures(setup_py: ModuleType) -> None:
     for bad in ("", "80,90", "sm_90", "90;"):
         with pytest.raises(ValueError, match="FBK_CUDA_ARCHS must look like '80;90'"):
             setup_py.gencode(bad)
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "clang++-14"])
+def test_openmp_is_asked_of_the_compiler(setup_py: ModuleType, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    monkeypatch.setattr(setup_py, "CXX", compiler)
+    has = subprocess.run([compiler, "-fopenmp", "-x", "c++", "-", "-o", "/dev/null"], input="#include <omp.h>\nint main() {}", text=True)
+    assert setup_py.openmp() == ("-fopenmp" if has.returncode == 0 else "")
+
+
+def test_a_compiler_without_openmp(setup_py: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As zig's clang: one thread."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\ncase $* in *-fopenmp*) exit 1;; esac\nexec g++ $*\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(setup_py, "CXX", str(compiler))
+    assert setup_py.openmp() == ""
+    source, program = tmp_path / "one.cpp", tmp_path / "one"
+    source.write_text('#include "threads.h"\nint main() { return omp_get_num_procs() != 1 || omp_get_thread_num() != 0; }\n')
+    subprocess.run([compiler, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+    subprocess.run([program], check=True)
+
+
+def test_a_compiled_part_of_other_sources_is_refused(tmp_path: Path) -> None:
+    built = ops.build_info()
+    assert not _op.stale(built, tmp_path / "csrc")  # an installed wheel
+    assert _op.stale(built | {"version": "0.0.1"}, tmp_path / "csrc")
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    assert not _op.stale(built, csrc)
+    assert _op.stale({"version": built["version"]}, csrc)  # compiled before it was asked
+    with open(csrc / "noise.h", "a") as f:
+        f.write("//\n")
+    assert _op.stale(built, csrc)
+
+
+def test_what_is_compiled_in_is_what_is_compared(setup_py: ModuleType) -> None:
+    assert setup_py.digest(ROOT / "csrc") == _op.digest(ROOT / "csrc") == ops.build_info()["sources"]
+
+
+@pytest.mark.parametrize("simd", [*_C.simd_paths(), "sse"])
+def test_fbk_simd_is_the_best_path(simd: str) -> None:
+    code = "import fbkernels as fb; from fbkernels import _C; print(fb.build_info()['simd'], *_C.simd_paths())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=os.environ | {"FBK_SIMD": simd}, capture_output=True, text=True)
+    paths = _C.simd_paths()
+    if simd in paths:
+        assert done.stdout.split() == [simd, *paths[: paths.index(simd) + 1]]
+    else:
+        assert done.stderr.strip().endswith(f"ValueError: FBK_SIMD must be one of {', '.join(paths)} here, got 'sse'")
 
 
 def test_build_info() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -552,3 +553,36 @@ def test_a_rule_that_learns_from_layerwise_errors_says_that_it_cannot_be_compile
     step = torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"Ridge in layerwise feedback cannot be compiled: use feedback='direct'"):
         step(X, Y)
+
+
+# a user's mistakes
+
+
+@pytest.mark.parametrize(("rule", "feedback"), [(fb.Joint(signal="output"), "direct"), (fb.WeightMirror(), "layerwise")], ids=str)
+def test_a_plain_criterion_in_training_warns_once(rule: fb.Rule, feedback: str) -> None:
+    net = fb.convert(mlp(), rule=rule, feedback=feedback)
+    with pytest.warns(UserWarning, match=r"no PerturbedLoss.*: write criterion = fbkernels.PerturbedLoss\(criterion, net\)") as caught:
+        sum(nn.CrossEntropyLoss()(net(X), Y) for _ in range(3)).backward()
+    assert len(caught) == 1
+
+
+def test_a_copied_loss_is_the_networks_and_one_pickled_alone_says_what_to_do() -> None:
+    net = fb.convert(mlp())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    expected = nn.CrossEntropyLoss()(net.eval()(X), Y)
+    alone = pickle.loads(pickle.dumps(criterion))
+    assert torch.equal(copy.deepcopy(criterion)(net(X), Y), expected) and torch.equal(alone(net(X), Y), expected)
+    net.train()
+    copy.deepcopy(criterion)(net(X), Y).backward()
+    with pytest.raises(ValueError, match=r"pickle it together with the network, or make another, PerturbedLoss\(criterion, net\)"):
+        pickle.loads(pickle.dumps(criterion))(net(X), Y)
+    both, loss = pickle.loads(pickle.dumps((net, criterion)))
+    loss(both(X), Y).backward()
+    assert int(both.feedback.step) == 2
+
+
+def test_a_converted_network_is_not_scripted() -> None:
+    net = trained().eval()
+    with pytest.raises(TypeError, match=r"torch.jit.script\(fbkernels.revert\(net\)\)"):
+        torch.jit.script(net)
+    assert torch.equal(torch.jit.script(fb.revert(net))(X), net(X))
