@@ -278,10 +278,10 @@ def test_wrong_targets_write_nothing(target: str) -> None:
 def test_other_logits() -> None:
     net, other = trained(), trained()
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-    message = "must be called once,? with the output of the network's last training forward"
+    message = "must be called once, with the output of its own network's last training forward"
     first, second = net(X), net(X)
     foreign = other(X)
-    for logits in (first, second + 0, second.detach(), foreign, torch.zeros(6, 5), None):
+    for logits in (first, second.exp(), second.detach(), foreign, torch.zeros(6, 5), None):
         with untouched(net, other), pytest.raises((ValueError, TypeError), match=message):
             criterion(logits, Y)
     criterion(second, Y).backward()
