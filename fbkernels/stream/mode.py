@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -390,6 +391,17 @@ class Streams(TorchFunctionMode):
         self.waiting = []
 
 
+class _Modes(threading.local):
+    """The modes of a thread that custom functions go through."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+
+
+_MODES, _LOCK = _Modes(), threading.Lock()
+_replaced: list[Any] = []  # Function.apply, once for each mode of any thread: the process has one
+
+
 @contextlib.contextmanager
 def shown(mode: Any) -> Iterator[None]:
     """While it lasts, custom autograd.Functions go through the mode too: torch shows them to none."""
@@ -397,19 +409,28 @@ def shown(mode: Any) -> Iterator[None]:
         yield
         return
     function = torch.autograd.Function
-    before: Any = function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = before.__get__(None, cls)
-        if cls.__module__.startswith("fbkernels."):
-            return plain(*args, **kwargs)
-        return mode.custom(cls, plain, args, kwargs)
-
-    function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    with _LOCK:
+        if not _replaced:
+            _replaced.append(function.__dict__["apply"])
+            function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+        else:
+            _replaced.append(_replaced[0])
+    _MODES.stack.append(mode)
     try:
         yield
     finally:
-        function.apply = before  # type: ignore[method-assign]
+        _MODES.stack.pop()
+        with _LOCK:
+            plain = _replaced.pop()
+            if not _replaced:
+                function.apply = plain  # type: ignore[method-assign]
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = _replaced[0].__get__(None, cls)
+    if not _MODES.stack or cls.__module__.startswith("fbkernels."):
+        return plain(*args, **kwargs)
+    return _MODES.stack[-1].custom(cls, plain, args, kwargs)
 
 
 def _map(tree: Any, f: Callable[[Any], Any]) -> Any:

@@ -52,3 +52,43 @@ def test_python_runs_while_the_compiled_part_computes() -> None:
     # under a lock that is held for the 50 ms between two looks for Ctrl-C it would be a few
     assert turns > 1000
     assert net.step == 300
+
+
+def test_a_network_for_each_thread() -> None:
+    """Custom functions go through the mode of their own thread, and torch has its Function.apply back."""
+    before, errors = torch.autograd.Function.__dict__["apply"], list[BaseException]()
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, g: torch.Tensor) -> torch.Tensor:
+            return 2 * g
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Double.apply(super().forward(x))
+
+    def work(seed: int) -> None:
+        try:
+            net = fb.convert(torch.nn.Sequential(Doubled(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 4)), seed=seed)
+            criterion = fb.PerturbedLoss(torch.nn.CrossEntropyLoss(), net)
+            for _ in range(20):
+                criterion(net(torch.randn(5, 8)), torch.arange(5) % 4).backward()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert torch.autograd.Function.__dict__["apply"] is before
