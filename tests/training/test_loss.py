@@ -437,7 +437,7 @@ def test_double_backward_is_refused(feedback: str) -> None:
 def test_detached_logits_are_refused() -> None:
     net = trained()
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-    with pytest.raises(ValueError, match="output of the network's last training forward"):
+    with pytest.raises(ValueError, match="output of its own network's last training forward"):
         criterion(net(X).detach(), Y)
 
 
