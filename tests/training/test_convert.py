@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import pickle
+import types
 from typing import Any
 
 import pytest
@@ -120,6 +123,43 @@ def test_revert(feedback: str) -> None:
     # net stays as it was, and the plain model can be converted again
     train(net)
     train(fb.convert(plain, feedback=feedback))
+
+
+def scaled(model: nn.Module, x: Tensor) -> Tensor:
+    return 3 * type(model).forward(model, x) + 1
+
+
+@pytest.mark.parametrize("bind", [types.MethodType, functools.partial])
+def test_a_forward_set_on_the_model_itself(bind: Any) -> None:
+    """As accelerate sets it: it runs in eval and training, of copies too, on the modules of the network that runs."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    model.forward = bind(scaled, model)
+    net = fb.convert(model, rule=fb.Fixed())
+    for own in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)), fb.revert(net), fb.convert(fb.revert(net))):
+        seen: list[nn.Module] = []
+        own[3].register_forward_hook(lambda module, args, out, seen=seen: seen.append(module))
+        assert torch.equal(own.eval()(X), model.eval()(X))
+        torch.testing.assert_close(own.train()(X), model.train()(X))
+        assert all(module is own[3] for module in seen) and len(seen) == 2
+    assert type(fb.revert(net).forward) is bind
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_a_forward_that_encloses_the_model() -> None:
+    model = cnn()
+    before, plain = model.forward, nn.Linear(3, 4)
+    enclosing = lambda x: 3 * before(x)  # noqa: E731
+    for forward in (enclosing, types.MethodType(lambda m, x: enclosing(x), model), torch.no_grad()(before)):
+        model.forward = forward
+        with pytest.raises(ValueError, match="model has a forward of its own that encloses the model itself"):
+            fb.convert(model)
+    del model.forward
+    model[5].forward = lambda x, layer=plain: F.linear(x, torch.ones(6, 16))
+    fb.convert(model)
+    model[5].forward = lambda x: model[6](x)
+    with pytest.raises(ValueError, match="module '5' has a forward"):
+        fb.convert(model)
 
 
 def test_revert_after_a_change_of_dtype() -> None:
