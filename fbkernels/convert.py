@@ -187,10 +187,30 @@ def _forward(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Another module tree around the same parameters and buffers."""
+    """Another module tree around the same parameters and buffers, and whatever else of tensors and modules it refers to."""
+    registered = set(model.modules())
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():  # what a hook has computed, old weight norm or pruning, will be computed anew
-        memo |= {id(t): t.detach() for t in module.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf}
+    seen: set[int] = set()
+
+    def share(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):  # what a hook has computed, old weight norm or pruning, will be computed anew
+            memo.setdefault(id(value), value if value.is_leaf else value.detach())
+        elif isinstance(value, nn.Module):
+            if registered.isdisjoint(value.modules()):
+                memo[id(value)] = value
+            else:
+                share(value.__dict__)
+        elif isinstance(value, dict):
+            for part in (*value.keys(), *value.values()):
+                share(part)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for part in value:
+                share(part)
+
+    share(model)
     return copy.deepcopy(model, memo)
 
 

@@ -162,6 +162,37 @@ def test_a_forward_that_encloses_the_model() -> None:
         fb.convert(model)
 
 
+class Student(nn.Module):
+    """What it refers to besides its own modules: a teacher, a gain, and a list of layers that are its own but for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.teacher, self.gain = (nn.Linear(8, 5),), {"gain": [nn.Parameter(torch.ones(16))]}
+        self.run = [self.a, nn.Sequential(nn.Tanh(), nn.Linear(16, 16)), nn.Sequential(self.b, nn.Linear(5, 5))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.run[1](self.run[0](x)) * self.gain["gain"][0]
+        return self.run[2](h) + self.teacher[0](x)
+
+
+def test_what_a_model_refers_to_is_shared() -> None:
+    model, x = Student(), torch.randn(6, 8)
+    net = fb.convert(model, rule=fb.Fixed())
+    for own in (net, fb.revert(net)):
+        assert own.teacher[0] is model.teacher[0]
+        assert own.gain["gain"][0] is model.gain["gain"][0]
+        assert own.run[0] is own.a is not model.a
+        assert own.run[1] is model.run[1]
+        assert own.run[2][0] is own.b is not model.b
+        assert own.run[2][1] is model.run[2][1]
+    train(net, x)
+    assert model.gain["gain"][0].grad.any()
+    with torch.no_grad():
+        model.teacher[0].weight.mul_(2)
+    assert torch.equal(net.eval()(x), model.eval()(x))
+
+
 def test_revert_after_a_change_of_dtype() -> None:
     model = cnn()
     net = fb.convert(model)
