@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dis
 import fnmatch
 import functools
 import inspect
+import types
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -91,6 +93,14 @@ def convert(
     if script is not None:
         where = f"module {script!r}" if script else "model"
         raise ValueError(f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from")
+    modules = set(model.modules())
+    closed = next((n for n, m in model.named_modules() if _encloses(m.__dict__.get("forward"), modules)), None)
+    if closed is not None:
+        where = f"module {closed!r}" if closed else "model"
+        raise ValueError(
+            f"{where} has a forward of its own that encloses the model itself, and the converted one is a copy: "
+            "write a function of the module, and set module.forward = types.MethodType(function, module)"
+        )
     one_of("feedback", feedback, ("direct", "layerwise"))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     ops.choose(backend, device)
@@ -150,12 +160,15 @@ def convert(
         network.points[name] = point
     for name in _layers(net):
         module = net.get_submodule(name)
-        if type(module).forward not in _PLAIN or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if getattr(module.forward, "__func__", None) not in _PLAIN or not isinstance(module._parameters.get("weight"), nn.Parameter):
             module.register_forward_pre_hook(Entered(network, name))
     # a child of the first point and not of the network, which may be a Sequential that runs its children
     next(iter(network.points.values())).shared = network
     net.__dict__["feedback"] = network
-    # no bound method: pickle would look for it in the class. Exporters ask for the signature
+    # no bound methods: pickle would look for them in the class. Exporters ask for the signature
+    own = net.__dict__.get("forward")
+    if own is not None:
+        network.own = (own.__func__, net) if getattr(own, "__self__", None) is net else (own,)
     forward = functools.partial(_forward, net)
     forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
     net.__dict__["forward"] = forward
@@ -174,11 +187,49 @@ def _forward(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Another module tree around the same parameters and buffers."""
+    """Another module tree around the same parameters and buffers, and whatever else of tensors and modules it refers to."""
+    registered = set(model.modules())
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():  # what a hook has computed, old weight norm or pruning, will be computed anew
-        memo |= {id(t): t.detach() for t in module.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf}
+    seen: set[int] = set()
+
+    def share(value: Any) -> None:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):  # what a hook has computed, old weight norm or pruning, will be computed anew
+            memo.setdefault(id(value), value if value.is_leaf else value.detach())
+        elif isinstance(value, nn.Module):
+            if registered.isdisjoint(value.modules()):
+                memo[id(value)] = value
+            else:
+                share(value.__dict__)
+        elif isinstance(value, dict):
+            for part in (*value.keys(), *value.values()):
+                share(part)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for part in value:
+                share(part)
+
+    share(model)
     return copy.deepcopy(model, memo)
+
+
+def _encloses(function: Any, modules: set[nn.Module]) -> bool:
+    """Whether a function reaches one of the modules past its arguments: in a variable from around it, or by a global name."""
+    functions = [function]
+    for f in functions:  # which grows
+        f = f.func if isinstance(f, functools.partial) else f  # whose arguments are copied with the model
+        f = getattr(f, "__func__", f)
+        if not isinstance(f, types.FunctionType):
+            continue
+        around = [cell.cell_contents for cell in f.__closure__ or ()]
+        names = {i.argval for i in dis.get_instructions(f) if i.opname == "LOAD_GLOBAL"} & f.__globals__.keys()
+        for value in (*around, *(f.__globals__[name] for name in names)):
+            owner = value.__self__ if isinstance(value, types.MethodType) else value
+            if isinstance(owner, nn.Module) and owner in modules:
+                return True
+        functions += [v for v in around if isinstance(v, (types.FunctionType, functools.partial)) and v not in functions]
+    return False
 
 
 def _places(
@@ -234,15 +285,14 @@ def revert(net: nn.Module) -> nn.Module:
     """
     net = unwrap(net)
     flush(net)
-    own = (Network, FeedbackPoint)
-    owned = {id(t) for m in net.modules() if isinstance(m, own) for t in m.buffers()}
     forward = net.__dict__.pop("forward")
     network = net.__dict__.pop("feedback")
+    if network.own:
+        net.__dict__["forward"] = types.MethodType(*network.own) if len(network.own) == 2 else network.own[0]
     try:
         model = _copied(net)
     finally:
         net.__dict__["feedback"], net.__dict__["forward"] = network, forward
-    del owned
     for module in list(model.modules()):
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]

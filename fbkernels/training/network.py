@@ -48,6 +48,7 @@ class Network(Stateful):
         self.points: dict[str, FeedbackPoint] = {}
         self.readers = nn.ModuleDict()  # points at a layer's input, and those of layers that are no modules of their own
         self.root: tuple[nn.Module, ...] = ()  # the network; a tuple, so that it is no child
+        self.own: tuple[Any, ...] = ()  # the forward that was set on the model itself, of a bound method its function and the network
         self.placement: Placement | None = None
         self.stale = False  # the placement is not of this model any more: a layer was replaced, a hook changes activities
         self.unplaced: set[str] = set()  # layers that ran and that no recording has seen, as they are skipped at times
@@ -70,7 +71,7 @@ class Network(Stateful):
     def forward(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's own forward, in training with both streams."""
         if not root.training or not torch.is_grad_enabled():  # what cannot learn is the plain model
-            return type(root).forward(root, *args, **kwargs)
+            return self.plain(root, args, kwargs)
         step = self.begin(root, args, kwargs)
         output = self.run(step, root, args, kwargs)
         if torch.compiler.is_compiling():
@@ -87,6 +88,11 @@ class Network(Stateful):
         self.current = step
         return output
 
+    def plain(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward as it was: its class', or the one that was set on the model itself."""
+        forward, *bound = self.own or (type(root).forward, root)
+        return forward(*bound, *args, **kwargs)
+
     def run(self, step: Step, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = Streams(step, self.buffers_known)
         mode.sources = self.settings.layerwise
@@ -98,7 +104,7 @@ class Network(Stateful):
         self.running = (mode,)
         try:
             with shown(mode), checkpointed(mode, step), mode:
-                output = type(root).forward(root, *args, **kwargs)
+                output = self.plain(root, args, kwargs)
         finally:
             self.running = ()
         mode.finish()
@@ -169,7 +175,7 @@ class Network(Stateful):
             self.running = (recorder,)
             try:
                 with shown(recorder), given(recorder.checkpoint), recorder:
-                    output = type(root).forward(root, *args, **kwargs)
+                    output = self.plain(root, args, kwargs)
             finally:
                 self.running = ()
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]

@@ -96,7 +96,7 @@ def _run(
     network.running = (mode,)
     try:
         with untouched(root, network.runs), shown(mode), mode:
-            output = type(root).forward(root, *args, **kwargs)
+            output = network.plain(root, args, kwargs)
     finally:
         network.running = ()
     leaves = [mode.current(t) for t in tree_leaves(output) if isinstance(t, Tensor)]

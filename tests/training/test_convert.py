@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+import types
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -124,6 +126,74 @@ def test_revert(feedback: str) -> None:
     # net stays as it was, and the plain model can be converted again
     train(net)
     train(fb.convert(plain, feedback=feedback))
+
+
+def scaled(model: nn.Module, x: Tensor) -> Tensor:
+    return 3 * type(model).forward(model, x) + 1
+
+
+@pytest.mark.parametrize("bind", [types.MethodType, partial])
+def test_a_forward_set_on_the_model_itself(bind: Any) -> None:
+    """As accelerate sets it: it runs in eval and training, of copies too, on the modules of the network that runs."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    model.forward = bind(scaled, model)
+    net = fb.convert(model, rule=fb.Fixed())
+    for own in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net)), fb.revert(net), fb.convert(fb.revert(net))):
+        seen: list[nn.Module] = []
+        own[3].register_forward_hook(lambda module, args, out, seen=seen: seen.append(module))
+        assert torch.equal(own.eval()(X), model.eval()(X))
+        torch.testing.assert_close(own.train()(X), model.train()(X))
+        assert all(module is own[3] for module in seen) and len(seen) == 2
+    assert type(fb.revert(net).forward) is bind
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_a_forward_that_encloses_the_model() -> None:
+    model = cnn()
+    before, plain = model.forward, nn.Linear(3, 4)
+    enclosing = lambda x: 3 * before(x)  # noqa: E731
+    for forward in (enclosing, types.MethodType(lambda m, x: enclosing(x), model), torch.no_grad()(before)):
+        model.forward = forward
+        with pytest.raises(ValueError, match="model has a forward of its own that encloses the model itself"):
+            fb.convert(model)
+    del model.forward
+    model[5].forward = lambda x, layer=plain: F.linear(x, torch.ones(6, 16))
+    fb.convert(model)
+    model[5].forward = lambda x: model[6](x)
+    with pytest.raises(ValueError, match="module '5' has a forward"):
+        fb.convert(model)
+
+
+class Student(nn.Module):
+    """What it refers to besides its own modules: a teacher, a gain, and a list of layers that are its own but for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.teacher, self.gain = (nn.Linear(8, 5),), {"gain": [nn.Parameter(torch.ones(16))]}
+        self.run = [self.a, nn.Sequential(nn.Tanh(), nn.Linear(16, 16)), nn.Sequential(self.b, nn.Linear(5, 5))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.run[1](self.run[0](x)) * self.gain["gain"][0]
+        return self.run[2](h) + self.teacher[0](x)
+
+
+def test_what_a_model_refers_to_is_shared() -> None:
+    model, x = Student(), torch.randn(6, 8)
+    net = fb.convert(model, rule=fb.Fixed())
+    for own in (net, fb.revert(net)):
+        assert own.teacher[0] is model.teacher[0]
+        assert own.gain["gain"][0] is model.gain["gain"][0]
+        assert own.run[0] is own.a is not model.a
+        assert own.run[1] is model.run[1]
+        assert own.run[2][0] is own.b is not model.b
+        assert own.run[2][1] is model.run[2][1]
+    train(net, x)
+    assert model.gain["gain"][0].grad.any()
+    with torch.no_grad():
+        model.teacher[0].weight.mul_(2)
+    assert torch.equal(net.eval()(x), model.eval()(x))
 
 
 def test_revert_after_a_change_of_dtype() -> None:
