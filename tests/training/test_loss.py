@@ -167,6 +167,84 @@ def test_segmentation() -> None:
         assert tuple(fb.points(direct)["0"].B.shape) == (4 * 9, 3 * 9)
 
 
+class Changing(nn.Module):
+    """A criterion that keeps something of each call, in every way that Python has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
+        self.calls, self.seen, self.shift = 0, [], torch.ones(K)  # a plain tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("center", torch.zeros(K))
+        self.cross_entropy = nn.CrossEntropyLoss(weight=torch.ones(K), reduction="none")
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.last = len(out)
+        self.count.add_(1)
+        self.scale.mul_(0.9)
+        self.center = 0.5 * self.center + out.detach().mean(0)
+        losses = self.calls * self.scale * self.cross_entropy(out - self.center * self.shift, target)
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+@pytest.mark.parametrize(
+    ("feedback", "rule"),
+    [("direct", fb.Joint()), ("direct", fb.SyntheticGradient(0.1)), ("layerwise", fb.LMS(0.1)), ("layerwise", fb.Fixed())],
+    ids=str,
+)
+def test_a_criterion_that_changes_changes_once_a_step(feedback: str, rule: fb.Rule) -> None:
+    plain, own = Changing(), Changing()
+    net = fb.convert(mlp(), feedback=feedback, rule=rule)
+    ours, seen = fb.PerturbedLoss(own, net), own.seen
+    for k in range(3):
+        plain.cross_entropy.label_smoothing = own.cross_entropy.label_smoothing = 0.1 * k
+        plain.shift[0] = own.shift[0] = k
+        expected, value = plain(mlp()(X), Y), ours(net(X), Y)
+        torch.testing.assert_close(value, expected)
+        fb.metrics.alignment(net, ours, X, Y)
+    assert own.seen is seen
+    assert (own.calls, own.seen, own.last, own.reduction) == (plain.calls, plain.seen, plain.last, "mean")
+    for (name, t), (_, want) in zip(own.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert t.dtype == want.dtype, name
+        torch.testing.assert_close(t, want)
+
+
+def test_a_criterion_that_fails_is_what_it_was() -> None:
+    own = Changing()
+    before = copy.deepcopy(own)
+    net = fb.convert(mlp())
+    with pytest.raises(IndexError):
+        fb.PerturbedLoss(own, net)(net(X), Y + K)
+    assert (own.calls, own.seen, own.reduction, own.count.dtype) == (0, [], "mean", torch.int64)
+    same(own.state_dict(), before.state_dict())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_the_criterion_says_at_the_step_counts(compiled: bool) -> None:
+    criterion = nn.CrossEntropyLoss(torch.ones(K), label_smoothing=0.5)
+    net = fb.convert(small(), rule=fb.Fixed())
+    ours = fb.PerturbedLoss(criterion, net)
+    run = torch.compile(lambda: ours(net(X), Y), fullgraph=True, backend="eager") if compiled else lambda: ours(net(X), Y)
+
+    def same_value() -> None:
+        torch.testing.assert_close(run(), criterion(small()(X), Y))
+
+    same_value()
+    criterion.weight[1] = 9
+    same_value()
+    criterion.weight = W.clone()
+    same_value()
+    criterion.label_smoothing = 0.0
+    same_value()
+    criterion.weight = None
+    same_value()
+    criterion.reduction = "sum"
+    same_value()
+
+
 def test_eval_gives_the_criterions_own_value() -> None:
     for criterion in (nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
         net = fb.convert(mlp())
