@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,9 +41,12 @@ class PerSample:
         self.function: Any = criterion.func if isinstance(criterion, functools.partial) else criterion
         runs = getattr(criterion.forward, "__func__", None) if isinstance(criterion, nn.Module) else self.function
         bare = self.keywords.keys() <= {"reduction"} and not getattr(criterion, "args", ())
+        of_torch = getattr(runs, "__module__", None) in (nn.modules.loss.__name__, F.__name__) and runs is not F.ctc_loss
         self.weighted = runs in _WEIGHTED
+        self.plain = self.weighted or (of_torch and bare)  # its value is known to be what its losses come to
         self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
         self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
+        self.compared = 0
 
     @property
     def reduction(self) -> str:
@@ -127,6 +131,29 @@ class PerSample:
                 old.clear()
                 (old.update if isinstance(old, (dict, set)) else old.extend)(new)
 
+    def compare(self, output: Any, target: Any, losses: Tensor) -> None:
+        """Refuse a criterion whose own value is another than what its per-sample losses come to: their gradient would be another, too."""
+        if self.reduction == "none" or self.plain or losses.is_meta or (losses.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.compared += 1
+        if losses.is_cuda and self.compared & (self.compared - 1):  # to look synchronises: at steps 1, 2, 4, 8, ...
+            return
+        devices = [losses.device] if losses.is_cuda else []
+        for again in (False, True):
+            with torch.random.fork_rng(devices):
+                own = float(self._run(output, target, self.reduction))
+            if again:  # a random criterion has drawn other numbers
+                with torch.random.fork_rng(devices):
+                    losses = self(output, target)
+            ours = float(self.reduce(losses))
+            if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
+                return
+        name = type(self.criterion).__name__ if self.module else getattr(self.function, "__name__", self.criterion)
+        raise ValueError(
+            f"criterion {name} has a {self.reduction} of {own:.6g}, and its per-sample losses "
+            f"have {ours:.6g}: give it reduction='none', or pass a function that returns a loss for each sample, and average them yourself"
+        )
+
     def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
         """What makes a mean of per-sample losses the criterion's, where class weights and ignored targets count; None for 1."""
         if self.reduction != "mean":
@@ -209,4 +236,6 @@ def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tupl
             leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
         losses = per_sample(tree_unflatten(leaves, spec), target, clean=True)
         e = torch.autograd.grad(losses.sum(), z, allow_unused=True)
+    with torch.no_grad():
+        per_sample.compare(tree_unflatten([t.detach() if isinstance(t, Tensor) else t for t in leaves], spec), target, losses)
     return losses.detach(), tuple(torch.zeros_like(t) if g is None else g for g, t in zip(e, z, strict=True))

@@ -245,6 +245,84 @@ def test_what_the_criterion_says_at_the_step_counts(compiled: bool) -> None:
     same_value()
 
 
+class Focal(nn.Module):
+    """With the attributes of cross entropy, and a plain mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.ignore_index, self.reduction = W + 1, -100, "mean"
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(out, target, self.weight, ignore_index=self.ignore_index, reduction="none")
+        losses = (1 - torch.exp(-losses)) ** 2 * losses
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+def through_dropout(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.mse_loss(F.dropout(out), target, reduction=reduction)
+
+
+def hidden_weights(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(out, target, W + 1, reduction=reduction)
+
+
+def hidden_ignored(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(out, target, reduction=reduction)
+
+
+def alignment_of_one(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Each sample's mean divides by the length of its target."""
+    lengths = torch.full((len(out),), 3), 1 + torch.arange(len(out)) % 2
+    return F.ctc_loss(out.log_softmax(1).repeat(3, 1, 1), target[:, None].expand(-1, 2) % 4 + 1, *lengths, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "target"),
+    [
+        (Focal(), IGNORED),
+        (functools.partial(F.multi_margin_loss, weight=W + 1), Y),
+        (nn.MultiMarginLoss(weight=W + 1), Y),
+        (hidden_ignored, Y),
+        (nn.NLLLoss(W + 1), IGNORED),
+    ],
+    ids=["focal", "partial multi margin", "multi margin", "wrapped", "nll"],
+)
+def test_the_mean_is_the_criterions_own(criterion: Any, target: Tensor) -> None:
+    net = fb.convert(mlp(), rule=fb.Fixed())
+    expected, value = criterion(mlp()(X), target), fb.PerturbedLoss(criterion, net)(net(X), target)
+    torch.testing.assert_close(value, expected)
+    (e,) = torch.autograd.grad(value, net[4].weight)
+    model = mlp()
+    torch.testing.assert_close(e, torch.autograd.grad(criterion(model(X), target), model[4].weight)[0])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "target"),
+    [(hidden_weights, Y), (functools.partial(F.mse_loss, weight=SOFT), SOFT), (alignment_of_one, Y)],
+    ids=["class weights", "weighted mse", "ctc"],
+)
+def test_a_mean_that_is_not_the_losses_is_refused(criterion: Any, target: Tensor) -> None:
+    net = fb.convert(mlp())
+    ours = fb.PerturbedLoss(criterion, net)
+    with pytest.raises(ValueError, match=r"criterion \w+ has a mean of .*, and its per-sample losses have .*: give it reduction='none'"):
+        ours(net(X), target)
+    each = lambda out, target: criterion(out, target, reduction="none").reshape(len(out), -1).mean(1)  # noqa: E731
+    assert fb.PerturbedLoss(each, net)(net(X), target).shape == (8,)
+
+
+def test_a_mean_may_be_another_in_a_later_step() -> None:
+    net = fb.convert(mlp())
+    ours = fb.PerturbedLoss(hidden_ignored, net)
+    ours(net(X), Y)
+    with pytest.raises(ValueError, match="criterion hidden_ignored has a mean"):
+        ours(net(X), IGNORED)
+
+
+def test_a_random_criterion_is_taken() -> None:
+    net = fb.convert(mlp())
+    assert fb.PerturbedLoss(through_dropout, net)(net(X), SOFT).isfinite()
+
+
 def test_eval_gives_the_criterions_own_value() -> None:
     for criterion in (nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
         net = fb.convert(mlp())
