@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+_WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
+_CONTAINERS = (list, dict, set, collections.deque)
+_INTERNAL = frozenset(vars(nn.Module()))
 
 
 class PerSample:
     """Per-sample losses of a criterion in float64, so that L~ - L of two nearly equal losses keeps its digits (SPEC 2).
 
-    ``reduction``: how the criterion itself sums them up, "mean", "sum" or "none". ``cross_entropy``: whether it is nn.CrossEntropyLoss or
-    its function, with nothing but a reduction set.
+    It is the criterion itself that runs, as it stands at the time, and a call leaves it as it was: what the clean call of a step would have
+    changed, ``advance`` changes.
     """
 
     def __init__(self, criterion: Callable[..., Tensor]) -> None:
         if not callable(criterion):
             raise TypeError(f"criterion must be a loss module or function, got {criterion!r}")
-        self.criterion = criterion
-        self.reduction = "none"
-        self.exact: Callable[..., Tensor] = criterion
-        if isinstance(criterion, nn.Module):
-            if any(p.requires_grad for p in criterion.parameters()):
-                raise ValueError("criterion has parameters that require a gradient, which would not get one: put them into the network")
-            exact: Any = copy.deepcopy(criterion).double()
-            if hasattr(exact, "reduction"):
-                self.reduction, exact.reduction = exact.reduction, "none"
-            self.exact = exact
-        elif isinstance(criterion, functools.partial) or "reduction" in inspect.signature(criterion).parameters:
-            keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
-            if "reduction" in inspect.signature(criterion).parameters:
-                self.reduction = keywords.get("reduction", inspect.signature(criterion).parameters["reduction"].default)
-                keywords = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in keywords.items()}
-                self.exact = functools.partial(criterion, **{**keywords, "reduction": "none"})
-        e: Any = self.exact
-        self.cross_entropy = False
-        if type(e) is nn.CrossEntropyLoss:
-            self.cross_entropy = (e.weight, e.label_smoothing, e.ignore_index) == (None, 0.0, -100)
-        elif isinstance(e, functools.partial):
-            self.cross_entropy = e.func is nn.functional.cross_entropy and not e.args and e.keywords.keys() == {"reduction"}
+        self.criterion: Any = criterion
+        self.module = isinstance(criterion, nn.Module)
+        if isinstance(criterion, nn.Module) and any(p.requires_grad for p in criterion.parameters()):
+            raise ValueError("criterion has parameters that require a gradient, which would not get one: put them into the network")
+        parameter = None if self.module else inspect.signature(criterion).parameters.get("reduction")
+        self.default: str | None = None if parameter is None else parameter.default  # a function's reduction
+        self.keywords = criterion.keywords if isinstance(criterion, functools.partial) else {}
+        self.function: Any = criterion.func if isinstance(criterion, functools.partial) else criterion
+        runs = getattr(criterion.forward, "__func__", None) if isinstance(criterion, nn.Module) else self.function
+        bare = self.keywords.keys() <= {"reduction"} and not getattr(criterion, "args", ())
+        of_torch = getattr(runs, "__module__", None) in (nn.modules.loss.__name__, F.__name__) and runs is not F.ctc_loss
+        self.weighted = runs in _WEIGHTED
+        self.plain = self.weighted or (of_torch and bare)  # its value is known to be what its losses come to
+        self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
+        self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
+        self.compared = 0
 
-    def __call__(self, output: Any, target: Any, whole: Any = None) -> Tensor:
+    @property
+    def reduction(self) -> str:
+        """How the criterion itself sums the losses up: "mean", "sum" or "none"."""
+        return getattr(self.criterion, "reduction", "none") if self.module else self.default or "none"
+
+    @property
+    def cross_entropy(self) -> bool:
+        """Whether it is nn.CrossEntropyLoss or its function, with nothing but a reduction set."""
+        c = self.criterion
+        return self.stock and (not self.module or (c.weight is None and c.label_smoothing == 0.0 and c.ignore_index == -100))
+
+    def __call__(self, output: Any, target: Any, whole: Any = None, *, clean: bool = False) -> Tensor:
         """A loss for each row of the output, such that their mean, or sum, is the criterion's value; ``whole``: the target of the whole
-        batch."""
+        batch; ``clean``: what the criterion changes of itself waits for ``advance``."""
         logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
-        target = tree_map_only(Tensor, lambda t: t.to(logits.dtype) if t.is_floating_point() else t, target)
-        losses = self._losses(output, target)
+        losses = self._run(output, target, "none", clean)
         if losses.ndim == 0 or len(losses) != len(logits):
             raise ValueError(
                 f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
@@ -65,25 +77,93 @@ class PerSample:
         scale = self.scale(logits, target if whole is None else whole, losses)
         return per if scale is None else per * scale
 
-    def _losses(self, output: Any, target: Any) -> Tensor:
-        if isinstance(self.criterion, nn.Module):
-            return self.exact(output, target)
+    def _run(self, output: Any, target: Any, reduction: str, clean: bool = False) -> Tensor:
+        dtype: torch.dtype = next(t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
+        if torch.compiler.is_compiling() and self.module:
+            return self._traced(output, target, reduction, dtype)
         try:
-            return self.exact(output, target)
-        except RuntimeError:  # a function that captured float32 tensors, class weights say, takes no float64
-            single = lambda t: t.float() if t.is_floating_point() else t  # noqa: E731
-            dtype = next(t.dtype for t in tree_leaves(output) if isinstance(t, Tensor))
-            return self.exact(tree_map_only(Tensor, single, output), tree_map_only(Tensor, single, target)).to(dtype)
+            return self._eager(output, target, reduction, clean, dtype)
+        except RuntimeError:  # one that refers to float32 tensors out of reach, class weights say, takes no float64
+            if dtype == torch.float32:
+                raise
+            return self._eager(output, target, reduction, clean, torch.float32).to(dtype)
+
+    def _eager(self, output: Any, target: Any, reduction: str, clean: bool, dtype: torch.dtype) -> Tensor:
+        exact = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+        output, target = tree_map_only(Tensor, exact, (output, target))
+        keywords = {k: exact(v) for k, v in self.keywords.items() if isinstance(v, Tensor)}
+        if self.default is not None:
+            keywords["reduction"] = reduction
+        if torch.compiler.is_compiling():
+            return self.criterion(output, target, **keywords)  # type: ignore[no-any-return]
+        with _lent(self.function, dtype, reduction) as changes:
+            losses: Tensor = self.criterion(output, target, **keywords)
+        if clean:
+            self.changes = changes
+        return losses
+
+    def _traced(self, output: Any, target: Any, reduction: str, dtype: torch.dtype) -> Tensor:
+        """As Dynamo can follow it, which sees what the criterion is, but not that it runs on copies of its attributes."""
+        criterion = self.criterion
+        tensors = {k: t.to(dtype) for k, t in (*criterion.named_parameters(), *criterion.named_buffers()) if t.is_floating_point()}
+        target = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, target)
+        own = self.reduction
+        if hasattr(criterion, "reduction"):
+            criterion.reduction = reduction
+        try:
+            losses: Tensor = torch.func.functional_call(criterion, tensors, (output, target)) if tensors else criterion(output, target)
+            return losses
+        finally:
+            if hasattr(criterion, "reduction"):
+                criterion.reduction = own
+
+    def advance(self) -> None:
+        """Make the criterion what the step's clean call has made of it."""
+        changes, self.changes = self.changes, []
+        for place, name, new, lent in changes:
+            old: Any = place.get(name)
+            if not lent:
+                both = isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point()
+                place[name] = new.to(old.dtype) if both else new
+            elif isinstance(old, Tensor):
+                old.copy_(new)
+            else:
+                old.clear()
+                (old.update if isinstance(old, (dict, set)) else old.extend)(new)
+
+    def compare(self, output: Any, target: Any, losses: Tensor) -> None:
+        """Refuse a criterion whose own value is another than what its per-sample losses come to: their gradient would be another, too."""
+        if self.reduction == "none" or self.plain or losses.is_meta or (losses.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self.compared += 1
+        if losses.is_cuda and self.compared & (self.compared - 1):  # to look synchronises: at steps 1, 2, 4, 8, ...
+            return
+        devices = [losses.device] if losses.is_cuda else []
+        for again in (False, True):
+            with torch.random.fork_rng(devices):
+                own = float(self._run(output, target, self.reduction))
+            if again:  # a random criterion has drawn other numbers
+                with torch.random.fork_rng(devices):
+                    losses = self(output, target)
+            ours = float(self.reduce(losses))
+            if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
+                return
+        name = type(self.criterion).__name__ if self.module else getattr(self.function, "__name__", self.criterion)
+        raise ValueError(
+            f"criterion {name} has a {self.reduction} of {own:.6g}, and its per-sample losses "
+            f"have {ours:.6g}: give it reduction='none', or pass a function that returns a loss for each sample, and average them yourself"
+        )
 
     def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
-        """What makes a mean of per-sample losses the criterion's, in which class weights and ignored targets count; None for 1."""
+        """What makes a mean of per-sample losses the criterion's, where class weights and ignored targets count; None for 1."""
         if self.reduction != "mean":
             return None
-        weight, ignored = getattr(self.exact, "weight", None), getattr(self.exact, "ignore_index", None)
-        if isinstance(self.exact, functools.partial):
-            weight, ignored = self.exact.keywords.get("weight"), self.exact.keywords.get("ignore_index", -100)
-        if not isinstance(target, Tensor) or target.is_floating_point() or ignored is None:
+        if not self.weighted or not isinstance(target, Tensor) or target.is_floating_point():
             return len(losses) / losses.numel()
+        if self.module:
+            weight, ignored = self.criterion.weight, self.criterion.ignore_index
+        else:
+            weight, ignored = self.keywords.get("weight"), self.keywords.get("ignore_index", -100)
         valid = target != ignored
         dtype = torch.promote_types(logits.dtype, torch.float32)
         if weight is None:
@@ -94,6 +174,45 @@ class PerSample:
         if self.reduction == "batchmean":
             return losses.mean()
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+@contextlib.contextmanager
+def _lent(criterion: Any, dtype: torch.dtype, reduction: str) -> Iterator[list[tuple[dict[str, Any], str, Any, bool]]]:
+    """While it lasts, the criterion has this reduction, and copies of its tensors, in this dtype, and of its lists and dicts. Then it is
+    what it was before, and the list says what calls have changed: where, by which name, to what, and whether that is a copy lent to it."""
+    if isinstance(criterion, nn.Module):
+        modules = (m for m in criterion.modules() if not isinstance(m, torch.jit.ScriptModule))  # whose attributes are out of reach
+        places = [place for m in modules for place in (m.__dict__, m._parameters, m._buffers)]
+    else:
+        places = [place] if isinstance(place := getattr(criterion, "__dict__", None), dict) else []
+    before = [_state(place) for place in places]
+    copies: dict[int, Any] = {}
+    for v in (v for own in before for v in own.values()):
+        if isinstance(v, _CONTAINERS):
+            copies[id(v)] = copy.copy(v)
+        elif isinstance(v, Tensor) and id(v) not in copies:
+            copies[id(v)] = v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True)
+    changes: list[tuple[dict[str, Any], str, Any, bool]] = []
+    lent = before
+    try:
+        for place, own in zip(places, before, strict=True):
+            place.update({k: copies[id(v)] for k, v in own.items() if id(v) in copies})
+        if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
+            criterion.reduction = reduction  # type: ignore[assignment]
+        lent = [_state(place) for place in places]
+        yield changes
+    finally:
+        for place, own, given in zip(places, before, lent, strict=True):
+            for name, v in _state(place).items():
+                kept = v is given.get(name, changes)
+                if not kept or (id(own.get(name)) in copies and (not isinstance(v, Tensor) or v._version)):
+                    changes.append((place, name, v, kept))
+                del place[name]
+            place.update(own)
+
+
+def _state(place: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in place.items() if k not in _INTERNAL}
 
 
 def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -115,6 +234,8 @@ def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tupl
         z = [leaves[i].detach().requires_grad_() for i in at]
         for i, t in zip(at, z, strict=True):
             leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
-        losses = per_sample(tree_unflatten(leaves, spec), target)
+        losses = per_sample(tree_unflatten(leaves, spec), target, clean=True)
         e = torch.autograd.grad(losses.sum(), z, allow_unused=True)
+    with torch.no_grad():
+        per_sample.compare(tree_unflatten([t.detach() if isinstance(t, Tensor) else t for t in leaves], spec), target, losses)
     return losses.detach(), tuple(torch.zeros_like(t) if g is None else g for g, t in zip(e, z, strict=True))

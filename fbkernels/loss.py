@@ -167,6 +167,7 @@ class PerturbedLoss(nn.Module):
                 m.targets = true_gradients(self._net[0], step, self.per_sample, target)
             if learns and not network.settings.layerwise:
                 network.schedule(m)
+            self.per_sample.advance()
         return self.per_sample.reduce(out), learns
 
 

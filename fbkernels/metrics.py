@@ -43,7 +43,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
     Raises:
         TypeError: net is not a converted network.
     """
-    per_sample = criterion.per_sample if isinstance(criterion, PerturbedLoss) else PerSample(criterion)
+    per_sample = PerSample(criterion.criterion if isinstance(criterion, PerturbedLoss) else criterion)
     result: dict[str, dict[str, float]] = {}
     with _copy(net) as probe:
         true, true_weights, _ = _gradients(probe, per_sample, (x,), {}, y, exact=True)
@@ -67,7 +67,7 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
 def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, float]:
     """The angle of the authors' code, for comparison with their figures only: B r against W r of sample 0 alone, the same r for both, and
     *folded*, 180 - theta where theta > 90, so that anti-aligned feedback looks aligned. Layerwise; degrees."""
-    per_sample = criterion.per_sample if isinstance(criterion, PerturbedLoss) else PerSample(criterion)
+    per_sample = PerSample(criterion.criterion if isinstance(criterion, PerturbedLoss) else criterion)
     result = {}
     with _copy(net) as probe:
         true, _, _ = _gradients(probe, per_sample, (x[:1],), {}, y[:1], exact=True)

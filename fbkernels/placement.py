@@ -368,7 +368,11 @@ def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
         m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))
     own = [{k: _copied(v) for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_")} for m in modules]
     buffers = [dict(m._buffers) for m in modules]
-    values = [(t, t.detach().clone()) for b in buffers for t in b.values() if t is not None and not t.is_meta]
+    values: list[tuple[Tensor, Tensor, int | None]] = [
+        (t, t.detach().clone(), None) for b in buffers for t in b.values() if t is not None and not t.is_meta
+    ]
+    others = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not (t.requires_grad or t.is_meta or t.is_inference())]
+    values += [(t, t.clone(), t._version) for t in others]  # a graph may hold one, which a write would spoil
     numpy: Any = sys.modules.get("numpy")
     drawn = (random.getstate(), numpy.random.get_state() if numpy else None)
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
@@ -388,8 +392,9 @@ def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
                     del m.__dict__[k]
                 m.__dict__.update(known)
             with torch.no_grad():
-                for t, value in values:
-                    t.copy_(value)
+                for t, value, version in values:
+                    if version is None or t._version != version:
+                        t.copy_(value)
 
 
 def _copied(v: Any) -> Any:

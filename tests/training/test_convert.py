@@ -172,9 +172,11 @@ class Student(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
         self.teacher, self.gain = (nn.Linear(8, 5),), {"gain": [nn.Parameter(torch.ones(16))]}
+        self.seen = [torch.zeros(())]
         self.run = [self.a, nn.Sequential(nn.Tanh(), nn.Linear(16, 16)), nn.Sequential(self.b, nn.Linear(5, 5))]
 
     def forward(self, x: Tensor) -> Tensor:
+        self.seen[0] += 1
         h = self.run[1](self.run[0](x)) * self.gain["gain"][0]
         return self.run[2](h) + self.teacher[0](x)
 
@@ -191,6 +193,7 @@ def test_what_a_model_refers_to_is_shared() -> None:
         assert own.run[2][1] is model.run[2][1]
     train(net, x)
     assert model.gain["gain"][0].grad.any()
+    assert model.seen[0] == 1  # recording the forward leaves it
     with torch.no_grad():
         model.teacher[0].weight.mul_(2)
     assert torch.equal(net.eval()(x), model.eval()(x))

@@ -167,6 +167,162 @@ def test_segmentation() -> None:
         assert tuple(fb.points(direct)["0"].B.shape) == (4 * 9, 3 * 9)
 
 
+class Changing(nn.Module):
+    """A criterion that keeps something of each call, in every way that Python has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = "mean"
+        self.calls, self.seen, self.shift = 0, [], torch.ones(K)  # a plain tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("center", torch.zeros(K))
+        self.cross_entropy = nn.CrossEntropyLoss(weight=torch.ones(K), reduction="none")
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.last = len(out)
+        self.count.add_(1)
+        self.scale.mul_(0.9)
+        self.center = 0.5 * self.center + out.detach().mean(0)
+        losses = self.calls * self.scale * self.cross_entropy(out - self.center * self.shift, target)
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+@pytest.mark.parametrize(
+    ("feedback", "rule"),
+    [("direct", fb.Joint()), ("direct", fb.SyntheticGradient(0.1)), ("layerwise", fb.LMS(0.1)), ("layerwise", fb.Fixed())],
+    ids=str,
+)
+def test_a_criterion_that_changes_changes_once_a_step(feedback: str, rule: fb.Rule) -> None:
+    plain, own = Changing(), Changing()
+    net = fb.convert(mlp(), feedback=feedback, rule=rule)
+    ours, seen = fb.PerturbedLoss(own, net), own.seen
+    for k in range(3):
+        plain.cross_entropy.label_smoothing = own.cross_entropy.label_smoothing = 0.1 * k
+        plain.shift[0] = own.shift[0] = k
+        expected, value = plain(mlp()(X), Y), ours(net(X), Y)
+        torch.testing.assert_close(value, expected)
+        fb.metrics.alignment(net, ours, X, Y)
+    assert own.seen is seen
+    assert (own.calls, own.seen, own.last, own.reduction) == (plain.calls, plain.seen, plain.last, "mean")
+    for (name, t), (_, want) in zip(own.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert t.dtype == want.dtype, name
+        torch.testing.assert_close(t, want)
+
+
+def test_a_criterion_that_fails_is_what_it_was() -> None:
+    own = Changing()
+    before = copy.deepcopy(own)
+    net = fb.convert(mlp())
+    with pytest.raises(IndexError):
+        fb.PerturbedLoss(own, net)(net(X), Y + K)
+    assert (own.calls, own.seen, own.reduction, own.count.dtype) == (0, [], "mean", torch.int64)
+    same(own.state_dict(), before.state_dict())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_what_the_criterion_says_at_the_step_counts(compiled: bool) -> None:
+    criterion = nn.CrossEntropyLoss(torch.ones(K), label_smoothing=0.5)
+    net = fb.convert(small(), rule=fb.Fixed())
+    ours = fb.PerturbedLoss(criterion, net)
+    run = torch.compile(lambda: ours(net(X), Y), fullgraph=True, backend="eager") if compiled else lambda: ours(net(X), Y)
+
+    def same_value() -> None:
+        torch.testing.assert_close(run(), criterion(small()(X), Y))
+
+    same_value()
+    criterion.weight[1] = 9
+    same_value()
+    criterion.weight = W.clone()
+    same_value()
+    criterion.label_smoothing = 0.0
+    same_value()
+    criterion.weight = None
+    same_value()
+    criterion.reduction = "sum"
+    same_value()
+
+
+class Focal(nn.Module):
+    """With the attributes of cross entropy, and a plain mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.ignore_index, self.reduction = W + 1, -100, "mean"
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(out, target, self.weight, ignore_index=self.ignore_index, reduction="none")
+        losses = (1 - torch.exp(-losses)) ** 2 * losses
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+def through_dropout(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.mse_loss(F.dropout(out), target, reduction=reduction)
+
+
+def hidden_weights(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(out, target, W + 1, reduction=reduction)
+
+
+def hidden_ignored(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(out, target, reduction=reduction)
+
+
+def alignment_of_one(out: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    """Each sample's mean divides by the length of its target."""
+    lengths = torch.full((len(out),), 3), 1 + torch.arange(len(out)) % 2
+    return F.ctc_loss(out.log_softmax(1).repeat(3, 1, 1), target[:, None].expand(-1, 2) % 4 + 1, *lengths, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "target"),
+    [
+        (Focal(), IGNORED),
+        (functools.partial(F.multi_margin_loss, weight=W + 1), Y),
+        (nn.MultiMarginLoss(weight=W + 1), Y),
+        (hidden_ignored, Y),
+        (nn.NLLLoss(W + 1), IGNORED),
+    ],
+    ids=["focal", "partial multi margin", "multi margin", "wrapped", "nll"],
+)
+def test_the_mean_is_the_criterions_own(criterion: Any, target: Tensor) -> None:
+    net = fb.convert(mlp(), rule=fb.Fixed())
+    expected, value = criterion(mlp()(X), target), fb.PerturbedLoss(criterion, net)(net(X), target)
+    torch.testing.assert_close(value, expected)
+    (e,) = torch.autograd.grad(value, net[4].weight)
+    model = mlp()
+    torch.testing.assert_close(e, torch.autograd.grad(criterion(model(X), target), model[4].weight)[0])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "target"),
+    [(hidden_weights, Y), (functools.partial(F.mse_loss, weight=SOFT), SOFT), (alignment_of_one, Y)],
+    ids=["class weights", "weighted mse", "ctc"],
+)
+def test_a_mean_that_is_not_the_losses_is_refused(criterion: Any, target: Tensor) -> None:
+    net = fb.convert(mlp())
+    ours = fb.PerturbedLoss(criterion, net)
+    with pytest.raises(ValueError, match=r"criterion \w+ has a mean of .*, and its per-sample losses have .*: give it reduction='none'"):
+        ours(net(X), target)
+    each = lambda out, target: criterion(out, target, reduction="none").reshape(len(out), -1).mean(1)  # noqa: E731
+    assert fb.PerturbedLoss(each, net)(net(X), target).shape == (8,)
+
+
+def test_a_mean_may_be_another_in_a_later_step() -> None:
+    net = fb.convert(mlp())
+    ours = fb.PerturbedLoss(hidden_ignored, net)
+    ours(net(X), Y)
+    with pytest.raises(ValueError, match="criterion hidden_ignored has a mean"):
+        ours(net(X), IGNORED)
+
+
+def test_a_random_criterion_is_taken() -> None:
+    net = fb.convert(mlp())
+    assert fb.PerturbedLoss(through_dropout, net)(net(X), SOFT).isfinite()
+
+
 def test_eval_gives_the_criterions_own_value() -> None:
     for criterion in (nn.CrossEntropyLoss(), lambda o, t: F.cross_entropy(o, t)):
         net = fb.convert(mlp())
