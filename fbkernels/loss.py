@@ -332,7 +332,8 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
     """The losses with the feedback as their backward."""
     network, settings = step.network, step.network.settings
     # what no chosen output depends on has no gradient: an auxiliary head that this loss leaves out
-    names = [name for name in step.activities if not step.placement.reach.get(name, {*chosen}).isdisjoint(chosen)]
+    reach = step.placement.reach
+    names = [name for name in step.activities if any(i in reach.get(name, chosen) for i in chosen)]
     points = [network.points[name] for name in names]
     outputs = [step.outputs[i] for i in chosen]
     feedback: tuple[Tensor, ...] = ()

@@ -36,7 +36,7 @@ class Placement:
     batch: Rows = field(default_factory=Rows)
     rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
     outputs: tuple[Rows | None, ...] = ()
-    reach: dict[str, frozenset[int]] = field(default_factory=dict)  # direct: the outputs that depend on a point
+    reach: dict[str, tuple[int, ...]] = field(default_factory=dict)  # direct: the outputs that depend on a point
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
@@ -250,7 +250,7 @@ def place(
     if twice is not None:
         raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
     placement.points = tuple(names)
-    placement.reach = {chain.point: frozenset(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
+    placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
     return placement
 
 
