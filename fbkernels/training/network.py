@@ -209,7 +209,8 @@ class Network(Stateful):
         placement.names, placement.weights = names_of(root)
         modules = dict(root.named_modules())
         # a new layer has no point of its own yet: the next forward sees to that
-        self.stale = self.stale or any(p.converted and p not in modules.values() for p in self.points.values())
+        present = {*modules.values()}
+        self.stale = self.stale or any(p.converted and p not in present for p in self.points.values())
         if id(weight) not in placement.names and (new := [n for n, m in modules.items() if Entered.lacks(m)]):
             for name in new:
                 modules[name].register_forward_pre_hook(Entered(self, name))

@@ -86,7 +86,7 @@ class Step:
         """Which layer runs: its name, and how often it ran before in this step."""
         network = self.network
         name = self.placement.names.get(id(weight)) or network.entered or "layer"
-        if (name, self.ran.get(name, 0)) not in self.placement.layers and name == "layer" and not torch.compiler.is_compiling():
+        if name == "layer" and (name, self.ran.get(name, 0)) not in self.placement.layers and not torch.compiler.is_compiling():
             name = network.renamed(self.placement, weight)
         network.entered = ""
         times = self.ran.get(name, 0)
