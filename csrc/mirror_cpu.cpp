@@ -32,11 +32,9 @@ void mirror_cpu(const std::vector<MirrorLayer>& layers, NoiseKind kind, Simd sim
   std::vector<int64_t> first(layers.size());
   for (size_t i = 1; i < layers.size(); ++i) first[i] = first[i - 1] + layers[i - 1].outputs;
   for (size_t begin = 0, end; begin < order.size(); begin = end) {
-    int64_t rows = 0;
-    for (end = begin; end < order.size() && noise(order[end]) == noise(order[begin]); ++end)
-      rows += order[end]->outputs;
-    // each task makes the noise anew, which 128 rows make up for
-    const int64_t most = std::max<int64_t>(128, (rows + threads - 1) / threads);
+    for (end = begin; end < order.size() && noise(order[end]) == noise(order[begin]);) ++end;
+    // each task makes the noise anew, which 128 rows make up for, and a cache holds so many
+    constexpr int64_t most = 128;
     tasks.emplace_back();
     for (size_t i = begin; i < end; ++i)
       for (int64_t row = 0; row < order[i]->outputs;) {

@@ -36,7 +36,6 @@ void mirror(const MirrorRows* parts, int count, NoiseKind kind, float* scratch) 
   };
   each_row([&](int64_t row, const MirrorRows& part, int64_t own) __attribute__((always_inline)) {
     const float *B = part.layer->B + own * units, *W = part.layer->W + own * units;
-    memcpy(part.layer->out + own * units, B, size_t(units) * sizeof(float));
     f32v weight{};
     for (int64_t u = 0; u < units; u += lanes) {
       const bool all = units - u >= lanes;
@@ -82,13 +81,16 @@ void mirror(const MirrorRows* parts, int count, NoiseKind kind, float* scratch) 
       const int64_t width = units - u < mirror_units ? units - u : mirror_units;
       const float *tile = xi + u * mirror_samples, *from = R;
       for (int i = 0; i < count; from += parts[i++].count() * mirror_samples) {
-        float* out = parts[i].layer->out + parts[i].first * units + u;
+        const int64_t at = parts[i].first * units + u;
+        float* out = parts[i].layer->out + at;
+        const float* before = n ? out : parts[i].layer->B + at;
         outer(
             0, parts[i].count(), width, seen, Strided<float>{from, mirror_samples, 1},
             [=](int64_t k) __attribute__((always_inline)) { return tile + k * width; },
             [=](int64_t row, int64_t c, f32v v, int64_t many) __attribute__((always_inline)) {
+              const float* old = before + row * units + c;
               float* to = out + row * units + c;
-              many == lanes ? store(to, load(to) + v) : store(to, load(to, many) + v, many);
+              many == lanes ? store(to, load(old) + v) : store(to, load(old, many) + v, many);
             });
       }
     }

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
+from fbkernels._tree import flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
 from fbkernels.training.autograd import Deliver
@@ -174,7 +175,7 @@ class PerturbedLoss(nn.Module):
 def given(step: Step, output: Any) -> list[int] | None:
     """Which of the network's outputs these are; None where one is not, or there is none."""
     chosen: list[int] = []
-    for t in tree_flatten(output)[0]:
+    for t in flatten(output)[0]:
         if not isinstance(t, Tensor):
             continue
         i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
@@ -191,7 +192,7 @@ def descends(step: Step, output: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     ours = {own.grad_fn for own in step.outputs}
-    for t in tree_flatten(output)[0]:
+    for t in flatten(output)[0]:
         if isinstance(t, Tensor):
             todo, seen = [t.grad_fn], set[Any]()
             while todo and todo[-1] not in ours:
@@ -298,7 +299,7 @@ def signals(
         sample = samplewise(step, layouts[0], losses)
         dL = torch.zeros_like(sample[:n])
         if moves:
-            leaves, spec = tree_flatten(output)
+            leaves, spec = flatten(output)
             at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
             ds = [
                 torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
@@ -309,7 +310,7 @@ def signals(
             rows = len(y)
             targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
             whole = target if isinstance(target, Tensor) else None
-            L = per_sample(tree_unflatten(leaves, spec), targets, whole)
+            L = per_sample(unflatten(leaves, spec), targets, whole)
             if step.antithetic:
                 dL = (L[:n] - L[n:]) / 2
                 dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)

@@ -72,7 +72,7 @@ class WeightMirror(Rule):
         assert point.connection is not None and point.weight is not None
         B, W = point.state["B"], point.weight.detach()
         answers = point.connection.answers
-        return answers(B if point.connection.convolution else B.T), answers(W).to(B.dtype)
+        return answers(B if point.connection.convolution else B.T.contiguous()), answers(W).to(B.dtype)
 
     def _store(self, point: FeedbackPoint, B: Tensor) -> None:
         assert point.connection is not None and point.weight is not None

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -398,36 +398,32 @@ class _Modes(threading.local):
         self.stack: list[Any] = []
 
 
-_MODES, _LOCK = _Modes(), threading.Lock()
-_replaced: list[Any] = []  # Function.apply, once for each mode of any thread: the process has one
+_MODES = _Modes()
+_PLAIN = torch.autograd.Function.__dict__["apply"]
 
 
-@contextlib.contextmanager
-def shown(mode: Any) -> Iterator[None]:
-    """While it lasts, custom autograd.Functions go through the mode too: torch shows them to none."""
-    if torch.compiler.is_compiling():
-        yield
-        return
-    function = torch.autograd.Function
-    with _LOCK:
-        if not _replaced:
-            _replaced.append(function.__dict__["apply"])
+class Shown:
+    """While it lasts, the custom autograd.Functions of this thread go through the mode too: torch shows them to none."""
+
+    def __init__(self, mode: Any) -> None:
+        self.mode = mode
+
+    def __enter__(self) -> None:
+        function = torch.autograd.Function
+        if function.__dict__["apply"] is _PLAIN:  # once and for all: a class that changes loses what Python knows of its subclasses
             function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
-        else:
-            _replaced.append(_replaced[0])
-    _MODES.stack.append(mode)
-    try:
-        yield
-    finally:
+        _MODES.stack.append(self.mode)
+
+    def __exit__(self, *_: Any) -> None:
         _MODES.stack.pop()
-        with _LOCK:
-            plain = _replaced.pop()
-            if not _replaced:
-                function.apply = plain  # type: ignore[method-assign]
+
+
+def shown(mode: Any) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else Shown(mode)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = _replaced[0].__get__(None, cls)
+    plain = _PLAIN.__get__(None, cls)
     if not _MODES.stack or cls.__module__.startswith("fbkernels."):
         return plain(*args, **kwargs)
     return _MODES.stack[-1].custom(cls, plain, args, kwargs)

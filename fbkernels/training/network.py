@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
+from fbkernels._tree import flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, names_of, place, untouched
 from fbkernels.rules.base import Gain, Measurement, Rule
@@ -98,9 +99,8 @@ class Network(Stateful):
         mode.sources = self.settings.layerwise
         if torch.compiler.is_compiling():  # no mark of a graph's is left on what it was given
             args, kwargs = tree_map_only(Tensor, lambda x: x.view_as(x), (args, kwargs))
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                mode.put(x, None)
+        for x in tensors(args, kwargs):
+            mode.put(x, None)
         self.running = (mode,)
         try:
             with shown(mode), checkpointed(mode, step), mode:
@@ -158,7 +158,7 @@ class Network(Stateful):
         return step
 
     def _samples(self, placement: Placement | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = tensors(args, kwargs)
         if not any(x.ndim for x in given):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
         if placement is None:
@@ -169,7 +169,7 @@ class Network(Stateful):
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
         settings = self.settings
         names, weights = names_of(root)
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = tensors(args, kwargs)
         with torch.no_grad(), untouched(root, self.runs):
             recorder = Recorder(self, names, inputs)
             self.running = (recorder,)
@@ -178,7 +178,7 @@ class Network(Stateful):
                     output = self.plain(root, args, kwargs)
             finally:
                 self.running = ()
-        outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+        outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
@@ -266,7 +266,7 @@ class Network(Stateful):
 
     def end(self, step: Step, mode: Streams, output: Any) -> Any:
         """Keeps the differences of the outputs, hands out plain tensors."""
-        leaves, spec = tree_flatten(output)
+        leaves, spec = flatten(output)
         for i, t in enumerate(leaves):
             if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None:
                 continue
@@ -299,7 +299,7 @@ class Network(Stateful):
             raise ValueError(f"rank must be at most {outputs}, the number of outputs, got {self.settings.rank}")
         if not step.activities and not step.unknown:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
-        return tree_unflatten(leaves, spec)
+        return unflatten(leaves, spec)
 
     def _capture(self) -> None:
         """A CUDA graph replays what this step does with the tensors that it finds now."""

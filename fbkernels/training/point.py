@@ -34,6 +34,12 @@ class Stateful(nn.Module):
         super().__init__()
         self.state = {}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__ and not torch.compiler.is_compiling():
+            self.__dict__[name] = value  # what was no parameter, buffer or child is none now: nn.Module looks for 3 us
+        else:
+            super().__setattr__(name, value)
+
     def names(self) -> tuple[str, ...]:
         """What ``state`` may hold."""
         raise NotImplementedError
@@ -51,7 +57,8 @@ class Stateful(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: t for name, t in self.state.items() if name in self.names()})
+        # a mirror's B lies as its weight does, transposed, which safetensors refuses
+        destination.update({prefix + name: t.contiguous() for name, t in self.state.items() if name in self.names()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from fbkernels._tree import flatten, tensors
 from fbkernels.layout import Rows
 from fbkernels.placement import Placement, Recorder, untouched
 from fbkernels.stream.chain import Chain, Waiting
@@ -56,7 +56,7 @@ class Probe:
 
 def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.Module, args: Any, kwargs: Any) -> None:
     """Find the batch's dimension of the input, and the rows of every point's activity and of the outputs."""
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = tensors(args, kwargs)
     placement.argument = recorder.first_input()
     x = given[placement.argument]
     placement.settled = True
@@ -99,7 +99,7 @@ def _run(
             output = network.plain(root, args, kwargs)
     finally:
         network.running = ()
-    leaves = [mode.current(t) for t in tree_leaves(output) if isinstance(t, Tensor)]
+    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor)]
     return probe, [(t, mode.d(t)) for t in leaves if mode.mark(t) is not None]
 
 
