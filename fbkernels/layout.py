@@ -51,7 +51,7 @@ class Layout:
 
     @staticmethod
     def of(h: Tensor, n: int, maps: bool | None, share: int, rows: Rows) -> Layout:
-        if rows.plain and len(h) == n:
+        if rows.plain and h.shape[0] == n:
             return Layout(tuple(h.shape[1:]), maps, share, 1, rows)
         size = h.shape[rows.dim]
         shape = (*h.shape[: rows.dim], *h.shape[rows.dim + 1 :])
@@ -82,7 +82,7 @@ class Layout:
 
     def activity(self, u: Tensor) -> Tensor:
         """The adjoint of ``units_of``, and its inverse where nothing is shared: [n, units] as an activity."""
-        n = len(u)
+        n = u.shape[0]
         h = reference.layout(u.reshape(n * self.copies, self.row_units), (n * self.copies, *self.shape), self.maps, self.share)
         return h if self.plain else self.rows.back(h.unflatten(0, (n, self.copies)))
 

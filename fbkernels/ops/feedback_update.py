@@ -194,7 +194,7 @@ def compiled(a: Any, parts: int) -> tuple[Tensor, Tensor]:
 def cpp(a: Any) -> tuple[Tensor, Tensor]:
     if a.B.dtype != torch.float32:
         return op.on("reference", a)  # type: ignore[no-any-return]
-    new, sums = compiled(a, -(-len(a.B) // TASK_UNITS) + 1)
+    new, sums = compiled(a, -(-a.B.shape[0] // TASK_UNITS) + 1)
     return new, sums[:1].clone() if a.predicted_step is not None else sums
 
 

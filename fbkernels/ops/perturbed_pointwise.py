@@ -206,7 +206,8 @@ def check_shape(a: Call) -> None:
     if a.z.ndim not in (2, 4) or (a.z.ndim == 2 and a.window.pool != "none"):
         shape = tuple(a.z.shape)
         raise ValueError(f"z must be [samples, channels, height, width], or [samples, units] without pooling, got shape {shape}")
-    integer("rows", a.key.rows, 0, a.z.shape[0])
+    if not 0 <= a.key.rows <= a.z.shape[0]:
+        integer("rows", a.key.rows, 0, a.z.shape[0])
     if min(a.window.stride) < 1:
         raise ValueError(f"stride must be >= 1, got {tuple(a.window.stride)}")
 

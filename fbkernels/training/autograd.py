@@ -63,8 +63,8 @@ class Deliver(torch.autograd.Function):
         feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
         grads, sides = [], []
         for t, layout, (shape, dtype) in zip(e, ctx.layouts, ctx.like, strict=False):
-            if layout.plain or len(c) != len(t):
-                n = len(c)
+            if layout.plain or c.shape[0] != t.shape[0]:
+                n = c.shape[0]
                 side = c.to(t.dtype)[:, None] * layout.units_of(t, n)
                 grads.append(layout.activity(side).view(shape).to(dtype))
             else:

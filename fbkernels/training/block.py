@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run_block(step: Step, point: FeedbackPoint, waiting: Waiting, predicts: bool) -> tuple[Tensor, Tensor | None] | None:
     """The activity at a point and its difference; None where the launch does not cover what waits."""
     network, settings, x, dx = step.network, step.network.settings, waiting.source, waiting.d
-    if (settings.share > 1 and x.ndim == 4) or len(x) != step.samples:
+    if (settings.share > 1 and x.ndim == 4) or x.shape[0] != step.samples:
         return None
     layer = weight = bias = gain = offset = norm = None
     constant = (lambda t: t.detach() if isinstance(t, Tensor) else t) if step.constant else (lambda t: t)

@@ -35,8 +35,8 @@ class Stateful(nn.Module):
         self.state = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ and not torch.compiler.is_compiling():
-            self.__dict__[name] = value  # what was no parameter, buffer or child is none now: nn.Module looks for 3 us
+        if name in self.__dict__:  # what was no parameter, buffer or child is none now: nn.Module looks for 3 us
+            object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -116,7 +116,7 @@ class FeedbackPoint(Stateful):
     def lay(self, layout: Layout) -> None:
         """How the activity lies in this step."""
         self.layout, B = layout, self.state.get("B")
-        if B is not None and not self.network.settings.layerwise and len(B) != layout.units:
+        if B is not None and not self.network.settings.layerwise and B.shape[0] != layout.units:
             raise ValueError(
                 f"B of point {self.name!r} has {len(B)} rows, the activity {layout.units} units: direct feedback takes images and "
                 "sequences of one size; with feedback='layerwise' they may differ"
