@@ -256,6 +256,19 @@ def mirror(B: Tensor, W: Tensor, xi: Tensor, kind: str) -> tuple[Tensor, Tensor]
     return new, unexplained.square().sum() / (len(xi) * W.square().sum()).clamp_min(torch.finfo(W.dtype).tiny)
 
 
+def patterns(signs: Tensor, first: int, rows: int) -> Tensor:
+    """Rows ``first`` to ``first + rows`` of an orthogonal set of Rademacher noise, ``Xi[s, u] = signs[u] (-1)^(ones of s & u)``: Hadamard's
+    matrix. Of all P, the least power of two >= n, ``Xi^T Xi = P I``.
+
+    signs [n] of +-1; [rows, n].
+    """
+    index = torch.arange(max(first + rows, len(signs)), device=signs.device)
+    odd = index[first : first + rows, None] & index[: len(signs)]
+    for shift in (16, 8, 4, 2, 1):
+        odd = odd ^ (odd >> shift)
+    return torch.where(odd & 1 == 1, -signs, signs)
+
+
 def conv_size(size: Sequence[int], weight: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """The height and width behind a convolution."""
     spatial = zip(size, weight.shape[2:], stride, padding, dilation, strict=True)

@@ -24,7 +24,6 @@ def mirror(
     point: int,
     samples: int = 512,
     kind: str = "rademacher",
-    draws: int = 1,
     offset: int = 0,
     backend: str = "auto",
 ) -> Mirror:
@@ -43,16 +42,15 @@ def mirror(
         B, W: [outputs, ...], float32; any float type with backend "reference" or "auto", float64 in float64, the others in float32.
         seed, step, point, kind: of the noise, as in :func:`noise`.
         samples: S, in [1, 2^20].
-        draws: so many steps one after the other, each with S samples of its own.
-        offset: the first sample; a call continues one with ``draws`` steps at ``offset + draws * samples``.
+        offset: the first sample; of one step's noise another call takes others by another offset.
 
     Returns:
-        :class:`Mirror`; of several draws the residual is that of the last one's old B. The old B stays.
+        :class:`Mirror`. The old B stays.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what was expected. RuntimeError: the backend cannot be had.
     """
-    options = {"seed": seed, "step": step, "samples": samples, "kind": kind, "draws": draws, "offset": offset, "backend": backend}
+    options = {"seed": seed, "step": step, "samples": samples, "kind": kind, "offset": offset, "backend": backend}
     (new,), residual = mirror_all([B], [W], points=[point], **options)  # type: ignore[arg-type]
     return Mirror(new, residual[0])
 
@@ -66,7 +64,6 @@ def mirror_all(
     points: Sequence[int],
     samples: int = 512,
     kind: str = "rademacher",
-    draws: int = 1,
     offset: int = 0,
     backend: str = "auto",
 ) -> MirrorAll:
@@ -81,8 +78,7 @@ def mirror_all(
     """
     B, device = list(B), B[0].device if B else None
     key = public_key(seed, step, 0, 0, 1.0, kind, device)
-    options = {"draws": draws, "offset": offset, "backend": backend}
-    return MirrorAll(*op(B, list(W), key.step, key.seed, list(points), samples, kind, **options))
+    return MirrorAll(*op(B, list(W), key.step, key.seed, list(points), samples, kind, offset=offset, backend=backend))
 
 
 class Mirror(NamedTuple):
@@ -105,7 +101,7 @@ class MirrorAll(NamedTuple):
 
 
 SCHEMA = (
-    "mirror(Tensor[] B, Tensor[] W, Tensor step, int seed, int[] points, SymInt samples, str kind, *, int draws=1, SymInt offset=0, "
+    "mirror(Tensor[] B, Tensor[] W, Tensor step, int seed, int[] points, SymInt samples, str kind, *, SymInt offset=0, "
     'str backend="auto") -> (Tensor[], Tensor)'
 )
 
@@ -117,17 +113,16 @@ def outputs(a: Any) -> tuple[list[Tensor], Tensor]:
 def check(a: Any) -> None:
     check_shapes(a)
     for b, w, point in zip(a.B, a.W, a.points, strict=True):
-        check_key(NoiseKey(a.step, a.seed, point, a.samples * a.draws, 1.0, a.kind, a.offset), b[0].numel())
+        check_key(NoiseKey(a.step, a.seed, point, a.samples, 1.0, a.kind, a.offset), b[0].numel())
         expect("B", b, a.step, *b.shape)
         expect("W", w, b, *b.shape)
 
 
 def check_shapes(a: Any) -> None:
-    """What the compiled part does not see, or not in time: it is given matrices, one draw at a time."""
+    """What the compiled part does not see: it is given matrices."""
     if not len(a.B) == len(a.W) == len(a.points):
         raise ValueError(f"B, W and points must be of one length, got {len(a.B)}, {len(a.W)} and {len(a.points)}")
     integer("samples", a.samples, 1, 2**20)
-    integer("draws", a.draws, 1)
     for b, w in zip(a.B, a.W, strict=True):
         if b.ndim < 2 or not b.numel():
             raise ValueError(f"B must be [outputs, inputs, ...] and not empty, got shape {tuple(b.shape)}")
@@ -135,20 +130,13 @@ def check_shapes(a: Any) -> None:
             raise ValueError(f"W must have shape {tuple(b.shape)}, got {tuple(w.shape)}")
 
 
-def offsets(a: Any) -> range:
-    """Of each draw, the first sample."""
-    return range(a.offset, a.offset + a.draws * a.samples, a.samples)
-
-
 def reference(a: Any) -> tuple[list[Tensor], Tensor]:
-    new, residual = list(a.B), a.step.new_empty(len(a.B), dtype=torch.float32)
-    for first in offsets(a):
-        for i, (b, w, point) in enumerate(zip(new, a.W, a.points, strict=True)):
-            exact = torch.promote_types(b.dtype, torch.float32)
-            key = (a.seed, a.step, point, a.samples, b[0].numel(), 1.0, a.kind)
-            xi = definition.noise(*key, exact, a.step.device, first)
-            learned, residual[i] = definition.mirror(b.to(exact), w.to(exact), xi, a.kind)
-            new[i] = torch.empty_like(b).copy_(learned)
+    new, residual = [], a.step.new_empty(len(a.B), dtype=torch.float32)
+    for i, (b, w, point) in enumerate(zip(a.B, a.W, a.points, strict=True)):
+        exact = torch.promote_types(b.dtype, torch.float32)
+        key = (a.seed, a.step, point, a.samples, b[0].numel(), 1.0, a.kind)
+        learned, residual[i] = definition.mirror(b.to(exact), w.to(exact), definition.noise(*key, exact, a.step.device, a.offset), a.kind)
+        new.append(torch.empty_like(b).copy_(learned))
     return new, residual
 
 
@@ -164,21 +152,19 @@ def like(t: Tensor, new: Tensor) -> Tensor:
 
 
 def by_kernel(a: Any, launch: Callable[..., None]) -> tuple[list[Tensor], Tensor]:
-    """``launch(B, W, new, residual=, first=)`` takes float32 matrices, and fills new and residual."""
+    """``launch(B, W, new, residual)`` takes float32 matrices, and fills the last two."""
     if any(chosen_for(a.backend, t.device, t.dtype) == "reference" for t in (*a.B, *a.W)):
         return op.on("reference", a)  # type: ignore[no-any-return]
-    new, W = [matrix(b) for b in a.B], [matrix(w) for w in a.W]
-    residual = a.step.new_empty(len(new), dtype=torch.float32)
-    for first in offsets(a):
-        old, new = new, [torch.empty_like(b) for b in new]
-        launch(old, W, new, residual=residual, first=first)
+    B, W = [matrix(b) for b in a.B], [matrix(w) for w in a.W]
+    new, residual = [torch.empty_like(b) for b in B], a.step.new_empty(len(B), dtype=torch.float32)
+    launch(B, W, new, residual)
     return [like(b, n) for b, n in zip(a.B, new, strict=True)], residual
 
 
 def cpp(a: Any) -> tuple[list[Tensor], Tensor]:
     check_shapes(a)
     key, threads = (a.step, a.seed, a.points, a.samples, a.kind), torch.get_num_threads()
-    return by_kernel(a, lambda *layers, residual, first: _op.C.mirror(*layers, residual, None, *key, first, threads))
+    return by_kernel(a, lambda *layers: _op.C.mirror(*layers, None, *key, a.offset, threads))
 
 
 def cuda(a: Any) -> tuple[list[Tensor], Tensor]:
@@ -186,12 +172,12 @@ def cuda(a: Any) -> tuple[list[Tensor], Tensor]:
     # the responses, and two sums of each block that makes them (mirror_scratch of csrc/mirror.h)
     numbers = sum(len(b) * a.samples + 2 * -(-len(b) // 64) * -(-a.samples // 64) for b in a.B)
     scratch, key = a.step.new_empty(numbers, dtype=torch.float32), (a.step, a.seed, a.points, a.samples, a.kind)
-    return by_kernel(a, lambda *layers, residual, first: _op.C.mirror(*layers, residual, scratch, *key, first))
+    return by_kernel(a, lambda *layers: _op.C.mirror(*layers, scratch, *key, a.offset))
 
 
 def triton(a: Any) -> tuple[list[Tensor], Tensor]:
     key = (a.step, a.seed, a.points, a.samples, a.kind)
-    return by_kernel(a, lambda *layers, residual, first: kernels().mirror(residual, *layers, *key, first))
+    return by_kernel(a, lambda *layers: kernels().mirror(layers[3], *layers[:3], *key, a.offset))
 
 
 # the step is where the tensors are, and a list of none has no dtype

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fbkernels import ops
+from fbkernels import ops, reference
 from fbkernels._check import integer
 from fbkernels.rules.base import Rule
 
 if TYPE_CHECKING:
     from fbkernels.training.point import FeedbackPoint
 
-SETTLED = 0.0025  # |W - B|^2 / |W|^2: 2.9 degrees
+PATTERNS = 512  # shown at a time, before the first step
 MOST, LEAST = 512, 16  # samples a step; by fewer B follows W too slowly: a network of 500 units then takes 30 steps
 
 
@@ -24,8 +24,9 @@ class WeightMirror(Rule):
     noise of the layer's own fan-in n, ``B <- B + Xi^T (Z - Xi B) / (S + n - 1)``.
 
     By that E|W - B|^2 falls to (n - 1) / (S + n - 1) a step, to zero, since the answer has no noise. It needs no loss, no batch and no
-    second stream. B is zero at the start, and mirrored before its first use until it knows W to three degrees (at most twice the samples
-    that theory needs for that). Every process computes the same B from the same counters, and sends nothing. Layerwise only.
+    second stream. Before B is used first, the layer answers a complete set of orthogonal noise, the P patterns of +-1 of a power of two P
+    >= n, and ``B = Z^T Xi / P`` is W to rounding; independent ones need 6 n to come within three degrees. Every process computes the same B
+    from the same counters, and sends nothing. Layerwise only.
 
     Args:
         samples: S, answers a layer and step. None: as many as cost a twentieth of what the step multiplies otherwise, from 16 to 512: with
@@ -43,20 +44,27 @@ class WeightMirror(Rule):
     def __init__(self, samples: int | None = None) -> None:
         self.samples = None if samples is None else integer("samples", samples, 1)
 
+    def feedback(self, point: FeedbackPoint) -> Tensor | None:
+        B = point.state.get("B")
+        if B is not None and B.ndim == 2 and not B.T.is_contiguous():  # a linear layer's from a checkpoint: it is to lie as W does
+            point.state["B"] = B = B.T.contiguous().T
+        return B
+
     def settle(self, point: FeedbackPoint) -> None:
+        """``B = Z^T Xi / P`` of the answers Z to P orthogonal patterns, the least power of two >= n: W, to rounding."""
         B, W = self._pair(point)
-        seed, backend = point.network.settings.seed, point.network.settings.backend
-        n, left = B[:1].numel(), 1.0
-        step = torch.full((), 2**32 - 1, dtype=torch.int64, device=B.device)  # a step that training does not reach
-        offset, draws = 0, 4
-        S = self.samples or MOST
-        needed = 2 * 6 * (n + 1 + S) // S + 8  # e^-6 is SETTLED: twice that
-        while left > SETTLED and needed > 0:
-            (B,), residual = ops.mirror([B], [W], step, seed, [point.index], S, "rademacher", draws=draws, offset=offset, backend=backend)
+        new, W = torch.zeros_like(B).flatten(1), W.flatten(1)
+        n, last = W.shape[1], torch.full((), 2**32 - 1, dtype=torch.int64, device=B.device)  # a step that training does not reach
+        signs = ops.noise(last, point.network.settings.seed, point.index, 1, n, 1.0, "rademacher", dtype=B.dtype)[0]
+        count = 1 << (n - 1).bit_length()
+        rows = min(PATTERNS, count)
+        answers = W.new_empty(len(W), rows)  # autocast leaves products alone that are written somewhere
+        for first in range(0, count, rows):
+            xi = reference.patterns(signs, first, rows)
+            new.addmm_(torch.mm(W, xi.T, out=answers), xi, alpha=1 / count)
             if B.is_meta:  # one turn shows the memory that they all take
                 break
-            left, offset, needed = float(residual), offset + draws * S, needed - draws
-        self._store(point, B)
+        self._store(point, new.view(B.shape))
 
     def reflect(self, points: Sequence[FeedbackPoint], step: Tensor, rows: int) -> None:
         settings, pairs = points[0].network.settings, [self._pair(point) for point in points]
@@ -70,9 +78,10 @@ class WeightMirror(Rule):
     def _pair(self, point: FeedbackPoint) -> tuple[Tensor, Tensor]:
         """B and W, a row for each output."""
         assert point.connection is not None and point.weight is not None
-        B, W = point.state["B"], point.weight.detach()
+        B, W = self.feedback(point), point.weight.detach()
+        assert B is not None
         answers = point.connection.answers
-        return answers(B if point.connection.convolution else B.T.contiguous()), answers(W).to(B.dtype)
+        return answers(B if point.connection.convolution else B.T), answers(W).to(B.dtype)
 
     def _store(self, point: FeedbackPoint, B: Tensor) -> None:
         assert point.connection is not None and point.weight is not None

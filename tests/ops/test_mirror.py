@@ -39,14 +39,13 @@ def steps(draw: Any, layers: int = 4, outputs: int = 150, units: int = 600, samp
         "points": [draw(st.sampled_from([0, 5, 2**32 - 1])) if p else 7 for *_, p in sizes],
         "samples": draw(st.integers(1, samples)),
         "kind": draw(st.sampled_from(KINDS)),
-        "draws": draw(st.sampled_from([1, 1, 2])),
         "offset": draw(st.integers(0, 2**40)),
     }
 
 
-def noise(call: dict[str, Any], i: int, first: int = 0) -> Tensor:
+def noise(call: dict[str, Any], i: int) -> Tensor:
     key = call["seed"], call["step"].cpu(), call["points"][i], call["samples"], call["B"][i][0].numel(), 1.0, call["kind"]
-    return reference.noise(*key, torch.float64, offset=call["offset"] + first)
+    return reference.noise(*key, torch.float64, offset=call["offset"])
 
 
 def check(call: dict[str, Any], backend: str) -> None:
@@ -58,17 +57,12 @@ def check(call: dict[str, Any], backend: str) -> None:
     S, rounding = call["samples"], 2.0**-10 if ON_GPU and backend == "triton" else 0
     assert (residual.shape, residual.dtype) == ((len(new),), torch.float32)
     for i, (b, w) in enumerate(zip(call["B"], call["W"], strict=True)):
-        exact, W, bound = b.double().cpu(), w.double().cpu(), torch.zeros(b.shape, dtype=torch.float64)
+        old, W, xi = b.double().cpu(), w.double().cpu(), noise(call, i)
         n, rate = W.shape[1], reference.mirror_rate(S, W.shape[1], call["kind"])
-        for draw in range(call["draws"]):
-            xi = noise(call, i, draw * S)
-            D, terms = (W - exact).abs() + bound, 2 * EPS * (S + n + 22) + rounding
-            response = D @ xi.abs().T
-            wrong = terms * response + bound @ xi.abs().T
-            unexplained = (W - exact) @ xi.T
-            exact, want = reference.mirror(exact, W, xi, call["kind"])
-            squares = (2 * wrong * unexplained.abs() + wrong**2).sum() / (S * W.square().sum())
-            bound = bound + 4 * EPS * exact.abs() + rate * (terms * response + wrong) @ xi.abs()
+        unexplained, wrong = (W - old) @ xi.T, (2 * EPS * (S + n + 22) + rounding) * ((W - old).abs() @ xi.abs().T)
+        exact, want = reference.mirror(old, W, xi, call["kind"])
+        squares = (2 * wrong * unexplained.abs() + wrong**2).sum() / (S * W.square().sum())
+        bound = 4 * EPS * exact.abs() + 2 * rate * wrong @ xi.abs()
         assert (new[i].shape, new[i].dtype) == (b.shape, torch.float32)
         assert bool(((new[i].double().cpu() - exact).abs() <= bound).all())
         assert abs(float(residual[i]) - float(want)) <= squares + 2 * EPS * (S + n + 10) * float(want)
@@ -127,20 +121,26 @@ def test_the_residual_is_the_distance_squared(kind: str) -> None:
 def test_it_settles_on_the_weights_of_every_layer() -> None:
     layers = [nn.Linear(30, 7), nn.Conv1d(6, 9, 4, groups=3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv3d(2, 5, 2), nn.ConvTranspose2d(4, 6, 3)]
     W = [layer.weight.detach() for layer in layers]
-    B, residual = fn.mirror_all([torch.zeros_like(w) for w in W], W, seed=3, step=0, points=range(5), samples=64, draws=15)
+    B = [torch.zeros_like(w) for w in W]
+    for step in range(15):
+        B, residual = fn.mirror_all(B, W, seed=3, step=step, points=range(5), samples=64)
     assert bool((residual < 1e-4).all())
     for b, w in zip(B, W, strict=True):
         assert b.shape == w.shape and float((b - w).norm()) < 0.01 * float(w.norm())
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
-def test_draws_continue_by_their_offset(backend: str) -> None:
-    B, W = [normal(5, 3, 2).to(DEVICE)], [normal(5, 3, 2, seed=1).to(DEVICE)]
-    step = {"seed": 2**64 - 1, "step": torch.tensor(4, device=DEVICE), "points": [7], "samples": 20, "backend": backend}
-    whole = fn.mirror_all(B, W, draws=3, offset=40, **step)
-    for k in (2, 3, 4):
-        B, residual = fn.mirror_all(B, W, offset=20 * k, **step)
-    assert torch.equal(whole.B[0], B[0]) and torch.equal(whole.residual, residual)
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 37, 64])
+def test_patterns_are_orthogonal(n: int) -> None:
+    signs, count = (
+        noise(
+            {"seed": 5, "step": torch.tensor(0), "points": [1], "samples": 1, "B": [torch.zeros(1, n)], "kind": "rademacher", "offset": 0},
+            0,
+        )[0],
+        1 << (n - 1).bit_length(),
+    )
+    xi = torch.cat([reference.patterns(signs, first, min(8, count)) for first in range(0, count, 8)])
+    assert xi.shape == (count, n) and bool((xi.abs() == 1).all())
+    assert torch.equal(xi.T @ xi, count * torch.eye(n, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,8 +184,7 @@ def test_what_is_given_stays() -> None:
 def test_the_op(backend: str) -> None:
     B, W = [normal(5, 3, 2), normal(4, 7)], [normal(5, 3, 2, seed=1), normal(4, 7, seed=1)]
     op = torch.ops.fbkernels.mirror.default
-    for draws in (1, 2):
-        torch.library.opcheck(op, (B, W, torch.tensor(3), -1, [0, 2], 12, "gaussian"), {"backend": backend, "draws": draws})
+    torch.library.opcheck(op, (B, W, torch.tensor(3), -1, [0, 2], 12, "gaussian"), {"backend": backend})
     maps = [[t.to(memory_format=torch.channels_last)] for t in (normal(5, 3, 2, 2), normal(5, 3, 2, 2, seed=1))]
     torch.library.opcheck(op, (*maps, torch.tensor(3), 1, [2], 12, "rademacher"), {"backend": backend, "offset": 5})
 
@@ -219,7 +218,6 @@ def test_compile_to_one_graph(backend: str) -> None:
         ({"points": [-1]}, "point must be"),
         ({"samples": 0}, "samples must be"),
         ({"samples": 2**20 + 1}, "samples must be"),
-        ({"draws": 0}, "draws must be"),
         ({"offset": -1}, "offset must be"),
         ({"kind": "uniform"}, "kind must be one of"),
     ],
@@ -227,7 +225,7 @@ def test_compile_to_one_graph(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_bad_arguments_are_named_before_anything_runs(change: dict[str, Any], message: str, backend: str) -> None:
     good: dict[str, Any] = {"B": [torch.zeros(7, 5)], "W": [torch.ones(7, 5)], "step": torch.tensor(1), "seed": 1, "points": [2]}
-    good |= {"samples": 8, "kind": "gaussian", "draws": 1, "offset": 0}
+    good |= {"samples": 8, "kind": "gaussian", "offset": 0}
     with launched() as (kernels_run, _), pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         ops.mirror(**(good | change), backend=backend)
     assert not kernels_run

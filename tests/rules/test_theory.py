@@ -349,6 +349,34 @@ def test_dropout_does_not_rescale_the_feedback(structure: str) -> None:
 # Weight mirror
 
 
+READERS = {
+    "linear": nn.Linear(24, 7),
+    "grouped": nn.Sequential(nn.Unflatten(1, (6, 4)), nn.Conv1d(6, 9, 3, groups=3)),
+    "depthwise": nn.Sequential(nn.Unflatten(1, (6, 2, 2)), nn.Conv2d(6, 6, 2, groups=6)),
+    "transposed": nn.Sequential(nn.Unflatten(1, (6, 2, 2)), nn.ConvTranspose2d(6, 4, 3, groups=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_mirror_knows_w_before_the_first_step(reader: str, dtype: torch.dtype) -> None:
+    """From the answers to an orthogonal set of P patterns; sums of n and of P numbers round by (n + P) eps. bfloat16: under autocast."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = copy.deepcopy(READERS[reader])
+    net = fb.convert(
+        nn.Sequential(nn.Linear(5, 24), nn.Tanh(), layer, nn.Flatten(), nn.LazyLinear(3)).to(exact),
+        feedback="layerwise",
+        rule=fb.WeightMirror(),
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        net(torch.randn(2, 5, dtype=exact))
+    point = fb.points(net)["0"]
+    B, W = (point.connection.answers(t.detach().double()) for t in (point.B if point.connection.convolution else point.B.T, point.weight))
+    n = W[0].numel()
+    bound = (n + 2 * n) * torch.finfo(exact).eps * W.flatten(1).abs().sum(1)
+    assert bool(((B - W).flatten(1).abs().amax(1) <= bound).all()) and point.B.dtype == exact
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(("between", "options"), CONVOLUTIONS, ids=str)
 def test_weight_mirror_finds_a_convolution(between: tuple[nn.Module, ...], options: dict[str, Any]) -> None:

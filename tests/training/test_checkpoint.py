@@ -345,7 +345,8 @@ def test_a_copy_continues_bit_for_bit(feedback: str, rule: str, steps: int, copy
     net = convert(feedback, rule)
     train(net, 0, steps)
     other = copy_of(net)
-    assert not {t.data_ptr() for t in net.state_dict().values()} & {t.data_ptr() for t in other.state_dict().values()}
+    ours, theirs = net.state_dict(), other.state_dict()
+    assert not {t.data_ptr() for t in ours.values()} & {t.data_ptr() for t in theirs.values()}
     assert list(fb.points(other)) == list(fb.points(net))
     before = state(other)
     losses = train(net, steps, steps + 3)
