@@ -173,6 +173,7 @@ def convert(
     forward.__signature__ = inspect.signature(net.forward)  # type: ignore[attr-defined]
     net.__dict__["forward"] = forward
     net.register_load_state_dict_pre_hook(network.check)
+    net._register_state_dict_hook(network.last)
     network.root = (net,)
     network.train(model.training)
     return net
@@ -296,7 +297,7 @@ def revert(net: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if type(module) is SyncBatchNorm:
             module.__class__ = nn.SyncBatchNorm  # type: ignore[assignment]
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks, module._state_dict_hooks):
             for key in [k for k, hook in hooks.items() if _ours(hook)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -490,6 +490,15 @@ class Network(Stateful):
         if method != self.settings.method:
             raise ValueError(f"checkpoint of another rule: its feedback is {method}, the network's is {self.settings.method}")
 
+    def last(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        """Hook behind ``state_dict``: B and statistics go to its end. What pairs it by order with that of a copy from before the first
+        step, which has none of them, pairs the rest right (timm's ModelEma)."""
+        for name, m in root.named_modules():
+            if isinstance(m, Stateful):
+                for k in m.state:
+                    if (key := f"{prefix}{name}.{k}") in state_dict:
+                        state_dict[key] = state_dict.pop(key)
+
     def _description(self) -> dict[str, Any]:
         """What processes have to have in common."""
         described = self.settings.described | {"points": list(self.points)}

@@ -371,3 +371,16 @@ def test_a_float64_network_has_a_float64_B() -> None:
     for i in range(2):
         criterion(net(X[i].double()), Y[i]).backward()
     assert {p.B.dtype for p in fb.points(net).values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_copy_from_before_the_first_step_pairs_by_order(feedback: str) -> None:
+    """As timm's ModelEma pairs the values of two state dicts."""
+    net = convert(feedback, "ridge" if feedback == "direct" else "mirror")
+    early = copy.deepcopy(net)
+    train(net, 0, 3)
+    ours, theirs = net.state_dict(), early.state_dict()
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert any(k.endswith(".B") for k in list(ours)[len(theirs) :])
+    assert list(net.state_dict(prefix="model."))[-1] == "model." + list(ours)[-1]
+    assert list(fb.revert(net).state_dict()) == [k for k in theirs if "feedback" not in k]
