@@ -22,7 +22,8 @@ Carry = tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # rearrangements bet
 
 
 class Stateful(nn.Module):
-    """Tensors that the first forward makes, moved as buffers are; those of ``names`` a checkpoint brings along. float64 ones stay float64.
+    """Tensors that the first forward makes, moved as buffers are; those of ``names`` a checkpoint brings along. Statistics stay float64;
+    B keeps the float32 digits that the first forward of a bfloat16 network gives it.
 
     They are no buffers: torch pairs the buffers of a network with those of a copy (AveragedModel, DistributedDataParallel), made when these
     were not there yet.
@@ -51,8 +52,8 @@ class Stateful(nn.Module):
         super()._apply(fn, recurse)
         for name, t in self.state.items():
             new = fn(t)
-            exact = name != "B" and t.dtype == torch.float64
-            self.state[name] = t.to(new.device) if exact else new
+            dtype = t.dtype if name != "B" and t.dtype == torch.float64 else torch.promote_types(new.dtype, torch.float32)
+            self.state[name] = new if new.dtype == dtype else t.to(new.device, dtype)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -384,3 +384,32 @@ def test_a_copy_from_before_the_first_step_pairs_by_order(feedback: str) -> None
     assert any(k.endswith(".B") for k in list(ours)[len(theirs) :])
     assert list(net.state_dict(prefix="model."))[-1] == "model." + list(ours)[-1]
     assert list(fb.revert(net).state_dict()) == [k for k in theirs if "feedback" not in k]
+
+
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", "joint output"), ("direct", "ridge"), ("layerwise", "mirror")])
+def test_a_checkpoint_resumes_in_bfloat16_whenever_it_is_loaded(feedback: str, rule: str) -> None:
+    """Lightning loads it into the float32 network and casts that."""
+    net = convert(feedback, rule).bfloat16()
+    half = [x.bfloat16() for x in X]
+
+    def step(net: nn.Module, i: int) -> None:
+        torch.manual_seed(100 + i)  # of dropout
+        net.zero_grad()
+        fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(half[i % 4]), Y[i % 4]).backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p.sub_(0.1 * p.grad)
+
+    for i in range(3):
+        step(net, i)
+    for early in (False, True):
+        other = convert(feedback, rule)
+        other = other if early else other.bfloat16()
+        other.load_state_dict(net.state_dict())
+        other.bfloat16()
+        assert {p.B.dtype for p in fb.points(other).values()} == {torch.float32}
+        ours = copy.deepcopy(net)
+        for i in (3, 4):
+            step(ours, i)
+            step(other, i)
+        same(state(ours), state(other))
