@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +125,10 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             out = plain(*args, **kwargs)
         ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
-        if ins:
+        if cls.__module__.startswith("torch.distributed."):  # fully_shard's, which changes nothing
+            for t, o in zip((t for t in args if isinstance(t, Tensor)), (o for o in tree_leaves(out) if isinstance(o, Tensor)), strict=True):
+                o._fb_value = getattr(t, "_fb_value", None)
+        elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
             self.calls.append(Call(cls, ins, outs, group=cls.__name__ == "BackwardHookFunction"))
         return out
@@ -353,49 +352,3 @@ def _reads(
     placement.points = tuple(claimed)
     placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
     return placement
-
-
-_PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collections.deque, Tensor)
-
-
-@contextlib.contextmanager
-def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
-    """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
-    keep what they see, only ``ours`` run."""
-    modules = [m for m in net.modules() if not type(m).__module__.startswith("fbkernels.training")]
-    hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
-    for m, every in hooks:
-        m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))
-    own = [{k: _copied(v) for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_")} for m in modules]
-    buffers = [dict(m._buffers) for m in modules]
-    values: list[tuple[Tensor, Tensor, int | None]] = [
-        (t, t.detach().clone(), None) for b in buffers for t in b.values() if t is not None and not t.is_meta
-    ]
-    others = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not (t.requires_grad or t.is_meta or t.is_inference())]
-    values += [(t, t.clone(), t._version) for t in others]  # a graph may hold one, which a write would spoil
-    numpy: Any = sys.modules.get("numpy")
-    drawn = (random.getstate(), numpy.random.get_state() if numpy else None)
-    devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for m, every in hooks:
-                m._forward_hooks = every
-            random.setstate(drawn[0])
-            if numpy:
-                numpy.random.set_state(drawn[1])
-            for m, known, b in zip(modules, own, buffers, strict=True):
-                m._buffers.clear()
-                m._buffers.update(b)
-                for k in [k for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_") and k not in known]:
-                    del m.__dict__[k]
-                m.__dict__.update(known)
-            with torch.no_grad():
-                for t, value, version in values:
-                    if version is None or t._version != version:
-                        t.copy_(value)
-
-
-def _copied(v: Any) -> Any:
-    return copy.copy(v) if type(v) in (list, dict, set, collections.deque) else v

@@ -18,7 +18,7 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels._tree import flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, names_of, place, untouched
+from fbkernels.placement import Placement, Recorder, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -32,6 +32,7 @@ from fbkernels.training.probe import settle
 from fbkernels.training.processes import Processes
 from fbkernels.training.settings import Settings
 from fbkernels.training.step import Step
+from fbkernels.untouched import untouched
 
 
 class Network(Stateful):
@@ -169,15 +170,7 @@ class Network(Stateful):
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
         settings = self.settings
         names, weights = names_of(root)
-        inputs = tensors(args, kwargs)
-        with torch.no_grad(), untouched(root, self.runs):
-            recorder = Recorder(self, names, inputs)
-            self.running = (recorder,)
-            try:
-                with shown(recorder), given(recorder.checkpoint), recorder:
-                    output = self.plain(root, args, kwargs)
-            finally:
-                self.running = ()
+        recorder, output = self._recorded(root, names, args, kwargs)
         outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
@@ -198,10 +191,23 @@ class Network(Stateful):
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
-        with torch.no_grad():
-            settle(self, placement, recorder, root, args, kwargs)
+        settle(self, placement, recorder, root, args, kwargs)
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
         return placement
+
+    def _recorded(self, root: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any]:
+        recorder = Recorder(self, names, tensors(args, kwargs))
+        self.running = (recorder,)
+        try:
+            with untouched(root, (args, kwargs), self.runs), shown(recorder), given(recorder.checkpoint), recorder:
+                return recorder, self.plain(root, args, kwargs)
+        except Exception:
+            if self.watched or not any(m._forward_hooks or m._forward_pre_hooks for m in root.modules()):
+                raise
+        finally:
+            self.running = ()
+        self.watched = True  # a forward may need what a hook does
+        return self._recorded(root, names, args, kwargs)
 
     def renamed(self, placement: Placement, weight: Tensor) -> str:
         """The name of a layer whose weight is another tensor than it was: by functional_call, ``assign=True``, a new parameter or layer."""
@@ -231,8 +237,8 @@ class Network(Stateful):
         return chain.point in step.activities or chain.point not in self.points
 
     def runs(self, hook: Any) -> bool:
-        """Whether a forward hook runs while a forward is recorded: ours, and the user's where one was seen to change an activity."""
-        return self.watched or isinstance(getattr(hook, "__self__", None), FeedbackPoint)
+        """Whether a hook runs while a forward is recorded: ours and torch's, and the user's where one was seen to change an activity."""
+        return self.watched or str(getattr(hook, "__module__", "")).startswith(("torch.", "fbkernels.training"))
 
     def hidden(self, name: str) -> bool:
         """Whether a layer may get a point."""

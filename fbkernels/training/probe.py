@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fbkernels._tree import flatten, tensors
 from fbkernels.layout import Rows
-from fbkernels.placement import Placement, Recorder, untouched
+from fbkernels.placement import Placement, Recorder
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.stream.mode import Layer, Streams, shown
+from fbkernels.untouched import untouched
 
 if TYPE_CHECKING:
     from fbkernels.training.network import Network
@@ -51,7 +52,7 @@ class Probe:
 
     def point(self, mode: Streams, chain: Chain, h: Tensor, d: Tensor | None, waiting: Waiting | None) -> tuple[Tensor, Tensor, Any]:
         self.seen[chain.point] = (h, d)
-        return h, h.detach(), d
+        return h, h, d
 
 
 def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.Module, args: Any, kwargs: Any) -> None:
@@ -95,7 +96,7 @@ def _run(
         mode.put(x, exchanged(x, dim) if i == placement.argument else None)
     network.running = (mode,)
     try:
-        with untouched(root, network.runs), shown(mode), mode:
+        with untouched(root, (args, kwargs), network.runs), shown(mode), mode:
             output = network.plain(root, args, kwargs)
     finally:
         network.running = ()
