@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, in_place, kind_of, name_of
+from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of
 
 
 @dataclass(eq=False)
@@ -85,6 +85,7 @@ class Recorder(TorchFunctionMode):
         self.inputs = [self.value(t) for t in inputs]
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
+        self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
 
@@ -97,7 +98,36 @@ class Recorder(TorchFunctionMode):
         self.count += 1
         t._fb_value = (id(self), self.count)  # type: ignore[attr-defined]
         self.shapes[self.count] = tuple(t.shape)
+        if t.grad_fn is not None:
+            self.nodes[t.grad_fn] = self.count
         return self.count
+
+    def check(self, t: Tensor) -> None:
+        """Refuse what is computed from a value where nobody could see it."""
+        if self.known(t) is not None or t.grad_fn is None:
+            return
+        todo, seen = [t.grad_fn], set[Any]()
+        while todo:
+            node = todo.pop()
+            if self.nodes.get(node):
+                below = self.layer_below(self.nodes[node])
+                raise ValueError(
+                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap or an extension of "
+                    "C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs scripts so)"
+                )
+            if node is not None and node not in seen and node not in self.nodes:
+                seen.add(node)
+                todo += [before for before, _ in node.next_functions]
+
+    def layer_below(self, v: int) -> str:
+        """The last layer that a value depends on."""
+        found = {v}
+        for c in reversed(self.calls):
+            if not found.isdisjoint(c.outs):
+                if c.layer is not None:
+                    return c.layer[0]
+                found.update(c.ins)
+        return ""
 
     def known(self, t: Any) -> int | None:
         given = getattr(t, "_fb_value", None)
@@ -126,7 +156,9 @@ class Recorder(TorchFunctionMode):
             out = plain(*args, **kwargs)
         ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
         if cls.__module__.startswith("torch.distributed."):  # fully_shard's, which changes nothing
-            for t, o in zip((t for t in args if isinstance(t, Tensor)), (o for o in tree_leaves(out) if isinstance(o, Tensor)), strict=True):
+            for t, o in zip(
+                (t for t in args if isinstance(t, Tensor)), (o for o in tree_leaves(out) if isinstance(o, Tensor)), strict=True
+            ):
                 o._fb_value = getattr(t, "_fb_value", None)
         elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -137,9 +169,15 @@ class Recorder(TorchFunctionMode):
         kwargs, kind, name = kwargs or {}, kind_of(func), name_of(func)
         if kind in ("metadata", "gradient"):
             return func(*args, **kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = by_position(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         ins = [] if kind == "made" else [v for t in tensors if (v := self.known(t)) is not None]
+        for t in tensors:
+            self.check(t)
         before = torch.get_rng_state() if kind != "look" else None
+        written = in_place(name, args, kwargs)
+        buffer = written and bool(tensors) and self.known(tensors[0]) is None and self.lives(tensors[0])
         out = func(*args, **kwargs)
         if kind == "look":
             self.calls.append(Call(func, ins, []))
@@ -148,14 +186,17 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
-        call.own = name in OWN_WEIGHTS and any(t.requires_grad and self.known(t) is None for t in tensors)
+        call.own = name in OWN_WEIGHTS and any(
+            t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0 for t in tensors
+        )
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        written = in_place(name, args, kwargs)
-        if ins and not (written and tensors and self.known(tensors[0]) is None and self.lives(tensors[0])):
+        if ins and not buffer:
             call.outs = [self.value(t) for t in results]
-        elif not ins:
+        elif buffer or kind == "made":
+            self.nodes |= {t.grad_fn: 0 for t in results if t.grad_fn is not None}
+        if not ins:
             self.fresh |= {id(t): t for t in results if not (written or t.requires_grad)}
-        first = args[0] if args else kwargs.get("input")
+        first = args[0] if args else None
         if kind == "layer" and self.known_before(first, ins):
             assert isinstance(first, Tensor)
             weight = args[1] if len(args) > 1 else kwargs["weight"]

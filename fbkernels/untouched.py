@@ -132,9 +132,7 @@ def _refill(x: Any, values: list[Any]) -> None:
 
 
 def _reset(x: dict[Any, Any], values: dict[Any, Any]) -> None:
-    same = len(x) == len(values) and all(
-        a is b and v is w for (a, v), (b, w) in zip(x.items(), values.items(), strict=True)
-    )
+    same = len(x) == len(values) and all(a is b and v is w for (a, v), (b, w) in zip(x.items(), values.items(), strict=True))
     if not same:
         x.clear()
         for k, v in values.items():

@@ -172,6 +172,8 @@ class Network(Stateful):
         names, weights = names_of(root)
         recorder, output = self._recorded(root, names, args, kwargs)
         outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
+        for t in outputs:
+            recorder.check(t)
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
