@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fbkernels._tree import Where
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
 from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of
@@ -28,7 +29,7 @@ class Placement:
     names: dict[int, str] = field(default_factory=dict)  # of layers by the identity of their weight
     weights: tuple[Tensor, ...] = ()  # which are kept, so that no identity is used again
     random: frozenset[Any] = frozenset()  # functions that draw random numbers
-    argument: int = 0  # which of the tensors that go in has the batch
+    argument: Where = (0, "", ())  # which of the tensors that go in has the batch
     batch: Rows = field(default_factory=Rows)
     rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
     outputs: tuple[Rows | None, ...] = ()
@@ -115,9 +116,9 @@ class Recorder(TorchFunctionMode):
                     f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap or an extension of "
                     "C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs scripts so)"
                 )
-            if node is not None and node not in seen and node not in self.nodes:
+            if node not in seen and node not in self.nodes:
                 seen.add(node)
-                todo += [before for before, _ in node.next_functions]
+                todo += [before for before, _ in node.next_functions if before is not None]
 
     def layer_below(self, v: int) -> str:
         """The last layer that a value depends on."""
@@ -159,7 +160,7 @@ class Recorder(TorchFunctionMode):
             for t, o in zip(
                 (t for t in args if isinstance(t, Tensor)), (o for o in tree_leaves(out) if isinstance(o, Tensor)), strict=True
             ):
-                o._fb_value = getattr(t, "_fb_value", None)
+                o._fb_value = getattr(t, "_fb_value", None)  # type: ignore[attr-defined]
         elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
             self.calls.append(Call(cls, ins, outs, group=cls.__name__ == "BackwardHookFunction"))

@@ -149,7 +149,7 @@ def _spare(x: Any, items: Any) -> None:
 
 def _looks(hook: Any) -> bool:
     """Whether a hook returns nothing, as its code shows."""
-    f = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else getattr(type(hook), "__call__", None))
+    f = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else vars(type(hook)).get("__call__"))
     if not isinstance(f, types.FunctionType):
         return False
     before: Any = None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
-from fbkernels._tree import flatten, tensors, unflatten
+from fbkernels._tree import at, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
@@ -55,6 +55,7 @@ class Network(Stateful):
         self.stale = False  # the placement is not of this model any more: a layer was replaced, a hook changes activities
         self.unplaced: set[str] = set()  # layers that ran and that no recording has seen, as they are skipped at times
         self.buffers_known: frozenset[int] = frozenset()
+        self.moved = False  # buffers may be other tensors since
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.current: Step | None = None  # the last training forward, until its loss has taken it
         self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
@@ -126,6 +127,8 @@ class Network(Stateful):
         if capturing(self.step):
             self._capture()
         self.current = None
+        if self.moved and not compiling:
+            self.moved, self.buffers_known = False, frozenset(id(t) for t in root.buffers())
         placement = self.placement
         samples = self._samples(placement, args, kwargs)
         if compiling:
@@ -159,12 +162,13 @@ class Network(Stateful):
         return step
 
     def _samples(self, placement: Placement | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        given = tensors(args, kwargs)
-        if not any(x.ndim for x in given):
+        x = None if placement is None else at(placement.argument, args, kwargs)
+        if placement is not None and x is not None:
+            return x.shape[placement.batch.dim]
+        if not any(x.ndim for x in tensors(args, kwargs)):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
-        if placement is None:
-            return 0
-        return given[placement.argument].shape[placement.batch.dim]
+        self.stale = True  # other arguments than before
+        return 0
 
     def find(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
@@ -509,10 +513,14 @@ class Network(Stateful):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.moved = True
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any
     ) -> None:
-        self.measured = []
+        self.measured, self.moved = [], True
         if self.processes is not None:
             self.processes.agreed = False
         self._spend()

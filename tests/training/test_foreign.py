@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -538,3 +539,72 @@ def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
     net.cell = cell
     with pytest.warns(UserWarning, match="carry the error through their own weights, which have no B"):
         fb.convert(net, feedback="layerwise", rule=fb.Fixed())(X)
+
+
+# what changes between two steps
+
+
+@pytest.mark.parametrize("change", [other_tensors, nn.Module.double])
+def test_statistics_of_a_norm_are_written_once_after_a_move(change: Callable[[nn.Module], Any]) -> None:
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(4, track_running_stats=True)
+    plain = nn.Sequential(nn.Conv1d(8, 4, 1), nn.Tanh(), nn.Conv1d(4, 4, 1), norm, nn.Flatten(), nn.Linear(20, 4)).double()
+    net, x = fb.convert(copy.deepcopy(plain), rule=fb.Joint()), torch.randn(6, 8, 5, dtype=torch.float64)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        plain(x)
+        criterion(net(x), Y).backward()
+        torch.testing.assert_close(net[3].running_var, plain[3].running_var)
+        if change is other_tensors:
+            change(net)
+        else:
+            net.float(), change(net)
+            plain.float().double()
+
+
+@pytest.mark.parametrize("rule", [fb.LMS(1e-3), fb.Ridge()], ids=repr)
+def test_the_batch_is_found_by_its_parameter(rule: fb.Rule) -> None:
+    class Two(Net):
+        def forward(self, x: Tensor | None = None, m: Any = None) -> Any:
+            assert x is not None
+            return self.o(torch.tanh(self.b(torch.tanh(self.a(x)))) * m["m"].mean())
+
+    m, found = torch.rand(3, 3, dtype=torch.float64), []
+    for second in (((X, {"m": m}), {}), ((), {"x": X, "m": {"m": m}}), ((), {"m": {"m": m}, "x": X})):
+        torch.manual_seed(0)
+        net = fb.convert(Two(filled).double(), feedback="layerwise", rule=rule)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        criterion(net(X, m={"m": m}), Y).backward()
+        for _ in range(2):
+            got = gradients(net, criterion(net(*second[0], **second[1]), Y))
+        found.append(got)
+    equal(found[1], found[0])
+    equal(found[2], found[0])
+
+
+def test_a_batch_that_another_parameter_takes() -> None:
+    class Either(Net):
+        def forward(self, x: Any = None, embedded: Any = None) -> Any:
+            return filled(self, embedded if x is None else x)
+
+    net = fb.convert(Either(filled).double(), rule=fb.Joint())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    criterion(net(embedded=X[:4]), Y[:4]).backward()
+
+
+def test_what_a_model_refers_to_stays_the_users() -> None:
+    model = made(lambda net, x: filled(net, x) / net.settings["temperature"])
+    settings: Any = {"temperature": 1.0}
+    model.settings, model.lock, model.draws, model.layers = settings, threading.Lock(), (i for i in range(3)), {"o": [model.o, settings]}
+    net = fb.convert(model)
+    settings["temperature"] = 2.0
+    assert torch.equal(net.eval()(X), model.eval()(X))
+    assert net.lock is model.lock and net.draws is model.draws
+    assert net.layers["o"][0] is net.o is not model.o and net.layers["o"][1] is settings
+
+
+def test_a_compiled_part_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), torch.compile(nn.Tanh()), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match="module '1' is compiled, and its calls cannot be seen: convert with its _orig_mod in its place"):
+        fb.convert(model)
