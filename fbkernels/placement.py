@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fbkernels._tree import Where
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of
+from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of, same
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class Placement:
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
+    asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
@@ -74,6 +76,9 @@ class Call:
         return self.func is not None and name_of(self.func) in ("detach", "detach_")
 
 
+_ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 class Recorder(TorchFunctionMode):
     """The calls of a forward with the values that they take and give, a number each."""
 
@@ -87,6 +92,7 @@ class Recorder(TorchFunctionMode):
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
         self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
+        self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
 
@@ -169,6 +175,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, kind, name = kwargs or {}, kind_of(func), name_of(func)
         if kind in ("metadata", "gradient"):
+            if same(func, _ASKS) and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
+                self.asked.add(self.known(args[0]))
             return func(*args, **kwargs)
         if not args and "input" in kwargs:
             args, kwargs = by_position(func, args, kwargs)
@@ -271,7 +279,7 @@ def place(
         if chain is None or (found and not hidden(c.layer[0])):
             continue
         if c.layer[1]:
-            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+            raise ValueError(used_twice(c.layer[0]))
         placement.layers[c.layer] = chain
         ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
     for i, c in enumerate(recorder.calls):
@@ -289,10 +297,24 @@ def place(
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
-        raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
+        raise ValueError(used_twice(twice))
     placement.points = tuple(names)
+    cut = set(ends)
+    for c in recorder.calls:
+        if c.ins and c.layer is None and not c.weighted and cut.issuperset(c.ins):
+            cut.update(c.outs)
+    placement.asked = not cut.isdisjoint(recorder.asked)
     placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
     return placement
+
+
+def used_twice(name: str) -> str:
+    if name == "layer":
+        return (
+            "two layers have weights that are no parameters, a tied one's weight.T perhaps, and feedback cannot tell them apart: "
+            "exclude=['layer'] trains what is below them through these weights"
+        )
+    return f"layer {name!r} is used twice in one forward: run both inputs as one batch (torch.cat), or use two layers"
 
 
 class _Graph:
@@ -380,7 +402,7 @@ def _reads(
         if not source and not everywhere:
             continue
         if c.layer[1]:
-            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+            raise ValueError(used_twice(c.layer[0]))
         if not source or source in claimed:
             source = f"{c.layer[0]}.input"
         claimed.append(source)

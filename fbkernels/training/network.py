@@ -191,6 +191,13 @@ class Network(Stateful):
                 "lies below them is trained by backprop through them; with feedback='direct' it is not",
                 stacklevel=5,
             )
+        if placement.asked and not self.named:
+            self.named = True
+            warnings.warn(
+                "direct feedback: the model asks whether an activity requires a gradient, which right behind a point it does not, so it "
+                "may go another way than the plain model: ask for torch.is_grad_enabled(), or use feedback='layerwise'",
+                stacklevel=5,
+            )
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:

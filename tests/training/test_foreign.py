@@ -6,6 +6,7 @@ import collections
 import copy
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -608,3 +609,41 @@ def test_a_compiled_part_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 16), torch.compile(nn.Tanh()), nn.Linear(16, 4))
     with pytest.raises(ValueError, match="module '1' is compiled, and its calls cannot be seen: convert with its _orig_mod in its place"):
         fb.convert(model)
+
+
+def test_a_model_that_asks_for_requires_grad_is_warned_where_the_answer_is_another() -> None:
+    def asks(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x)).view(-1, 16)
+        return net.o(torch.tanh(net.b(h)) + (torch.tanh(net.c(h)) if h.requires_grad else 0))
+
+    with pytest.warns(UserWarning, match="direct feedback: the model asks whether an activity requires a gradient"):
+        fb.convert(made(asks), rule=fb.Fixed())(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fb.convert(made(asks), feedback="layerwise", rule=fb.Fixed())(X), made(asks)(X))
+        net = fb.convert(made(filled), rule=fb.Fixed())
+        net.b.register_full_backward_hook(lambda *_: None)
+        net(X)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_tied_layers_and_one_for_two_inputs(feedback: str) -> None:
+    def tied_twice(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(torch.tanh(net.b(torch.tanh(net.a(x)))), net.b.weight.T))
+        return net.o(torch.tanh(F.linear(torch.tanh(F.linear(h, net.a.weight.T)), net.c.weight[:, :8])))
+
+    def siamese(net: Net, x: Tensor) -> Tensor:
+        u, v = (torch.tanh(net.b(torch.tanh(net.a(t)))) for t in (x, x.flip(1)))
+        return net.o(u * v)
+
+    def batched(net: Net, x: Tensor) -> Tensor:
+        u, v = torch.tanh(net.b(torch.tanh(net.a(torch.cat((x, x.flip(1))))))).chunk(2)
+        return net.o(u * v)
+
+    with pytest.raises(ValueError, match=r"no parameters, a tied one's weight.T perhaps, .*: exclude=\['layer'\] trains"):
+        fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed())(X)
+    with pytest.raises(ValueError, match="layer 'a' is used twice in one forward: run both inputs as one batch"):
+        fb.convert(made(siamese), feedback=feedback, rule=fb.Fixed())(X)
+    for how, options in ((tied_twice, {"exclude": ["layer"]}), (batched, {})):
+        net = fb.convert(made(how), feedback=feedback, rule=fb.Fixed(), **options)
+        assert torch.equal(net(X), made(how)(X)) and len(fb.points(net)) == 2
