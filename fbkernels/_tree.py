@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+
+# where a tensor is among a forward's arguments: the parameter that takes it, by position and by name, and the way to it from there
+Where = tuple[int, str, tuple[Any, ...]]
 
 
 def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -21,3 +27,23 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def unflatten(leaves: list[Any], spec: Any) -> Any:
     return leaves[0] if spec is None else tree_unflatten(leaves, spec)
+
+
+def where(x: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Where:
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    (given, first, *rest), _ = next(found for found in tree_flatten_with_path((args, kwargs))[0] if found[1] is x)
+    if given.idx == 0:
+        return first.idx, names[first.idx] if first.idx < len(names) else "", tuple(rest)
+    return names.index(first.key) if first.key in names else sys.maxsize, first.key, tuple(rest)
+
+
+def at(place: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor that is there; None where there is none."""
+    position, name, path = place
+    try:
+        value = args[position] if position < len(args) else kwargs[name]
+        for key in path:
+            value = key.get(value)
+    except (LookupError, TypeError, AttributeError):
+        return None
+    return value if isinstance(value, Tensor) and value.ndim else None

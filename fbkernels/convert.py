@@ -6,6 +6,7 @@ import copy
 import dis
 import fnmatch
 import functools
+import gc
 import inspect
 import types
 from collections.abc import Iterable, Mapping
@@ -93,6 +94,12 @@ def convert(
     if script is not None:
         where = f"module {script!r}" if script else "model"
         raise ValueError(f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from")
+    compiled = next((n for n, m in model.named_modules() if isinstance(m._modules.get("_orig_mod"), nn.Module)), None)
+    if compiled is not None:
+        where = f"module {compiled!r}" if compiled else "model"
+        raise ValueError(
+            f"{where} is compiled, and its calls cannot be seen: convert with its _orig_mod in its place, and compile the result"
+        )
     modules = set(model.modules())
     closed = next((n for n, m in model.named_modules() if _encloses(m.__dict__.get("forward"), modules)), None)
     if closed is not None:
@@ -187,11 +194,28 @@ def _forward(net: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return net.feedback.forward(net, args, kwargs)  # type: ignore[union-attr]
 
 
+_ATOMIC = (type, types.ModuleType, types.FunctionType, types.GeneratorType, Tensor)
+_REGISTRIES = nn.Module().__dict__.keys()  # a module's own
+
+
 def _copied(model: nn.Module) -> nn.Module:
-    """Another module tree around the same parameters and buffers, and whatever else of tensors and modules it refers to."""
+    """Another module tree around the same parameters and buffers, and whatever else it refers to that leads to no module of its own."""
     registered = set(model.modules())
     memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    apart: dict[int, Any] = {}  # what leads to none
     seen: set[int] = set()
+
+    def leads(value: Any) -> bool:
+        todo, passed = [value], dict[int, Any]()
+        while todo:
+            v = todo.pop()
+            if isinstance(v, nn.Module) and v in registered:
+                return True
+            if not (isinstance(v, _ATOMIC) or id(v) in passed or id(v) in apart):
+                passed[id(v)] = v
+                todo += gc.get_referents(v)
+        apart.update(passed)
+        return False
 
     def share(value: Any) -> None:
         if id(value) in seen:
@@ -199,17 +223,24 @@ def _copied(model: nn.Module) -> nn.Module:
         seen.add(id(value))
         if isinstance(value, Tensor):  # what a hook has computed, old weight norm or pruning, will be computed anew
             memo.setdefault(id(value), value if value.is_leaf else value.detach())
-        elif isinstance(value, nn.Module):
-            if registered.isdisjoint(value.modules()):
-                memo[id(value)] = value
-            else:
-                share(value.__dict__)
+        elif not leads(value):
+            memo[id(value)] = value
         elif isinstance(value, dict):
             for part in (*value.keys(), *value.values()):
                 share(part)
         elif isinstance(value, (list, tuple, set, frozenset)):
             for part in value:
                 share(part)
+        elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, types.MethodType):
+            share_all(value)
+
+    def share_all(owner: Any) -> None:
+        for name, value in vars(owner).items():
+            if not isinstance(owner, nn.Module) or name not in _REGISTRIES:
+                share(value)
+            elif isinstance(value, dict):
+                for part in value.values():
+                    share(part)
 
     share(model)
     return copy.deepcopy(model, memo)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import copy
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fbkernels._tree import Where
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, in_place, kind_of, name_of
+from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of, same
 
 
 @dataclass(eq=False)
@@ -32,7 +30,7 @@ class Placement:
     names: dict[int, str] = field(default_factory=dict)  # of layers by the identity of their weight
     weights: tuple[Tensor, ...] = ()  # which are kept, so that no identity is used again
     random: frozenset[Any] = frozenset()  # functions that draw random numbers
-    argument: int = 0  # which of the tensors that go in has the batch
+    argument: Where = (0, "", ())  # which of the tensors that go in has the batch
     batch: Rows = field(default_factory=Rows)
     rows: dict[str, Rows | None] = field(default_factory=dict)  # of each point's activity; None: not known
     outputs: tuple[Rows | None, ...] = ()
@@ -40,6 +38,7 @@ class Placement:
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
+    asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
@@ -77,6 +76,9 @@ class Call:
         return self.func is not None and name_of(self.func) in ("detach", "detach_")
 
 
+_ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
 class Recorder(TorchFunctionMode):
     """The calls of a forward with the values that they take and give, a number each."""
 
@@ -89,6 +91,8 @@ class Recorder(TorchFunctionMode):
         self.inputs = [self.value(t) for t in inputs]
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
+        self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
+        self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
 
@@ -101,7 +105,36 @@ class Recorder(TorchFunctionMode):
         self.count += 1
         t._fb_value = (id(self), self.count)  # type: ignore[attr-defined]
         self.shapes[self.count] = tuple(t.shape)
+        if t.grad_fn is not None:
+            self.nodes[t.grad_fn] = self.count
         return self.count
+
+    def check(self, t: Tensor) -> None:
+        """Refuse what is computed from a value where nobody could see it."""
+        if self.known(t) is not None or t.grad_fn is None:
+            return
+        todo, seen = [t.grad_fn], set[Any]()
+        while todo:
+            node = todo.pop()
+            if self.nodes.get(node):
+                below = self.layer_below(self.nodes[node])
+                raise ValueError(
+                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap or an extension of "
+                    "C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs scripts so)"
+                )
+            if node not in seen and node not in self.nodes:
+                seen.add(node)
+                todo += [before for before, _ in node.next_functions if before is not None]
+
+    def layer_below(self, v: int) -> str:
+        """The last layer that a value depends on."""
+        found = {v}
+        for c in reversed(self.calls):
+            if not found.isdisjoint(c.outs):
+                if c.layer is not None:
+                    return c.layer[0]
+                found.update(c.ins)
+        return ""
 
     def known(self, t: Any) -> int | None:
         given = getattr(t, "_fb_value", None)
@@ -129,7 +162,12 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             out = plain(*args, **kwargs)
         ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
-        if ins:
+        if cls.__module__.startswith("torch.distributed."):  # fully_shard's, which changes nothing
+            for t, o in zip(
+                (t for t in args if isinstance(t, Tensor)), (o for o in tree_leaves(out) if isinstance(o, Tensor)), strict=True
+            ):
+                o._fb_value = getattr(t, "_fb_value", None)  # type: ignore[attr-defined]
+        elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
             self.calls.append(Call(cls, ins, outs, group=cls.__name__ == "BackwardHookFunction"))
         return out
@@ -137,10 +175,18 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, kind, name = kwargs or {}, kind_of(func), name_of(func)
         if kind in ("metadata", "gradient"):
+            if same(func, _ASKS) and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
+                self.asked.add(self.known(args[0]))
             return func(*args, **kwargs)
+        if not args and "input" in kwargs:
+            args, kwargs = by_position(func, args, kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         ins = [] if kind == "made" else [v for t in tensors if (v := self.known(t)) is not None]
+        for t in tensors:
+            self.check(t)
         before = torch.get_rng_state() if kind != "look" else None
+        written = in_place(name, args, kwargs)
+        buffer = written and bool(tensors) and self.known(tensors[0]) is None and self.lives(tensors[0])
         out = func(*args, **kwargs)
         if kind == "look":
             self.calls.append(Call(func, ins, []))
@@ -149,14 +195,17 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
-        call.own = name in OWN_WEIGHTS and any(t.requires_grad and self.known(t) is None for t in tensors)
+        call.own = name in OWN_WEIGHTS and any(
+            t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0 for t in tensors
+        )
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        written = in_place(name, args, kwargs)
-        if ins and not (written and tensors and self.known(tensors[0]) is None and self.lives(tensors[0])):
+        if ins and not buffer:
             call.outs = [self.value(t) for t in results]
-        elif not ins:
+        elif buffer or kind == "made":
+            self.nodes |= {t.grad_fn: 0 for t in results if t.grad_fn is not None}
+        if not ins:
             self.fresh |= {id(t): t for t in results if not (written or t.requires_grad)}
-        first = args[0] if args else kwargs.get("input")
+        first = args[0] if args else None
         if kind == "layer" and self.known_before(first, ins):
             assert isinstance(first, Tensor)
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -230,7 +279,7 @@ def place(
         if chain is None or (found and not hidden(c.layer[0])):
             continue
         if c.layer[1]:
-            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+            raise ValueError(used_twice(c.layer[0]))
         placement.layers[c.layer] = chain
         ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
     for i, c in enumerate(recorder.calls):
@@ -248,10 +297,24 @@ def place(
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
-        raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
+        raise ValueError(used_twice(twice))
     placement.points = tuple(names)
+    cut = set(ends)
+    for c in recorder.calls:
+        if c.ins and c.layer is None and not c.weighted and cut.issuperset(c.ins):
+            cut.update(c.outs)
+    placement.asked = not cut.isdisjoint(recorder.asked)
     placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
     return placement
+
+
+def used_twice(name: str) -> str:
+    if name == "layer":
+        return (
+            "two layers have weights that are no parameters, a tied one's weight.T perhaps, and feedback cannot tell them apart: "
+            "exclude=['layer'] trains what is below them through these weights"
+        )
+    return f"layer {name!r} is used twice in one forward: run both inputs as one batch (torch.cat), or use two layers"
 
 
 class _Graph:
@@ -339,7 +402,7 @@ def _reads(
         if not source and not everywhere:
             continue
         if c.layer[1]:
-            raise ValueError(f"layer {c.layer[0]!r} is used twice in one forward; use two layers, or points=[...]")
+            raise ValueError(used_twice(c.layer[0]))
         if not source or source in claimed:
             source = f"{c.layer[0]}.input"
         claimed.append(source)
@@ -353,49 +416,3 @@ def _reads(
     placement.points = tuple(claimed)
     placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
     return placement
-
-
-_PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collections.deque, Tensor)
-
-
-@contextlib.contextmanager
-def untouched(net: nn.Module, ours: Callable[[Any], bool]) -> Iterator[None]:
-    """A forward inside leaves nothing behind: buffers, what modules keep, and random numbers are as they were. Of forward hooks, which may
-    keep what they see, only ``ours`` run."""
-    modules = [m for m in net.modules() if not type(m).__module__.startswith("fbkernels.training")]
-    hooks = [(m, m._forward_hooks) for m in modules if m._forward_hooks]
-    for m, every in hooks:
-        m._forward_hooks = collections.OrderedDict((k, hook) for k, hook in every.items() if ours(hook))
-    own = [{k: _copied(v) for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_")} for m in modules]
-    buffers = [dict(m._buffers) for m in modules]
-    values: list[tuple[Tensor, Tensor, int | None]] = [
-        (t, t.detach().clone(), None) for b in buffers for t in b.values() if t is not None and not t.is_meta
-    ]
-    others = [t for t in tree_leaves(own) if isinstance(t, Tensor) and not (t.requires_grad or t.is_meta or t.is_inference())]
-    values += [(t, t.clone(), t._version) for t in others]  # a graph may hold one, which a write would spoil
-    numpy: Any = sys.modules.get("numpy")
-    drawn = (random.getstate(), numpy.random.get_state() if numpy else None)
-    devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            for m, every in hooks:
-                m._forward_hooks = every
-            random.setstate(drawn[0])
-            if numpy:
-                numpy.random.set_state(drawn[1])
-            for m, known, b in zip(modules, own, buffers, strict=True):
-                m._buffers.clear()
-                m._buffers.update(b)
-                for k in [k for k, v in m.__dict__.items() if isinstance(v, _PYTHON) and not k.startswith("_") and k not in known]:
-                    del m.__dict__[k]
-                m.__dict__.update(known)
-            with torch.no_grad():
-                for t, value, version in values:
-                    if version is None or t._version != version:
-                        t.copy_(value)
-
-
-def _copied(v: Any) -> Any:
-    return copy.copy(v) if type(v) in (list, dict, set, collections.deque) else v

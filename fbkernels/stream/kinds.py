@@ -29,7 +29,8 @@ REARRANGEMENTS = {
 # What carries an error through weights of its own, for which layerwise has no B. A norm's gain, one number a channel, is none of these.
 OWN_WEIGHTS = {
     "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm",
-    "addmm", "baddbmm", "einsum", "tensordot", "mul", "__mul__", "__rmul__", "multiply",
+    "addmm", "baddbmm", "einsum", "tensordot", "mul", "__mul__", "__rmul__", "multiply", "inner", "gru_cell", "lstm_cell", "rnn_tanh_cell",
+    "rnn_relu_cell",
 }
 _METADATA = """
     size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex get_device storage_offset data_ptr
@@ -113,7 +114,8 @@ def kind_of(func: Any) -> str:
     kind = _KINDS.get(func)
     if kind is None:
         name = name_of(func)
-        kind = _KINDS[func] = "made" if name.startswith(MADE) or name.endswith("_like") else ""
+        made = (name.startswith(MADE) and name != "tensordot") or name.endswith("_like")
+        kind = _KINDS[func] = "made" if made else ""
     return kind
 
 
@@ -125,6 +127,13 @@ def name_of(func: Any) -> str:
 @constant
 def same(a: Any, b: Any) -> bool:
     return bool(a == b)
+
+
+def by_position(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call whose ``input`` is named, with that in the first place, as it is of all but two functions."""
+    if name_of(func) in ("where", "searchsorted"):
+        return args, kwargs
+    return (kwargs["input"],), {k: v for k, v in kwargs.items() if k != "input"}
 
 
 def in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -121,6 +121,8 @@ class Streams(TorchFunctionMode):
         if kind == "metadata":
             return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
+        if not args and "input" in kwargs:
+            args, kwargs = kinds.by_position(func, args, kwargs)
         if kind == "made":
             return func(*_map(args, self.plain), **kwargs) if self.site.rows_first else func(*args, **kwargs)
         if self.replaced:

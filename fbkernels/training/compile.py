@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fbkernels._compile import constant
-from fbkernels.placement import untouched
+from fbkernels.untouched import untouched
 
 if TYPE_CHECKING:
     from fbkernels.training.network import Network
@@ -68,9 +68,10 @@ def placed(key: int, args: Any, kwargs: Any) -> bool:
         with torch.random.fork_rng([]):
             given = _made(args), _made(kwargs)
         root = network.root[0]
-        network.placement, network.stale = network.find(root, *given), False
+        with torch.enable_grad():
+            network.placement, network.stale = network.find(root, *given), False
         if network.settings.rule.mirrors:  # whose B settles before its first use
-            with torch.enable_grad(), untouched(root, network.runs):
+            with torch.enable_grad(), untouched(root, given, network.runs):
                 network.run(network.begin(root, *given), root, *given)
     finally:
         torch.compiler._is_compiling_flag = before

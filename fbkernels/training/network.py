@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
-from fbkernels._tree import flatten, tensors, unflatten
+from fbkernels._tree import at, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, names_of, place, untouched
+from fbkernels.placement import Placement, Recorder, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -32,6 +32,7 @@ from fbkernels.training.probe import settle
 from fbkernels.training.processes import Processes
 from fbkernels.training.settings import Settings
 from fbkernels.training.step import Step
+from fbkernels.untouched import untouched
 
 
 class Network(Stateful):
@@ -54,6 +55,7 @@ class Network(Stateful):
         self.stale = False  # the placement is not of this model any more: a layer was replaced, a hook changes activities
         self.unplaced: set[str] = set()  # layers that ran and that no recording has seen, as they are skipped at times
         self.buffers_known: frozenset[int] = frozenset()
+        self.moved = False  # buffers may be other tensors since
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.current: Step | None = None  # the last training forward, until its loss has taken it
         self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
@@ -125,6 +127,8 @@ class Network(Stateful):
         if capturing(self.step):
             self._capture()
         self.current = None
+        if self.moved and not compiling:
+            self.moved, self.buffers_known = False, frozenset(id(t) for t in root.buffers())
         placement = self.placement
         samples = self._samples(placement, args, kwargs)
         if compiling:
@@ -158,27 +162,22 @@ class Network(Stateful):
         return step
 
     def _samples(self, placement: Placement | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        given = tensors(args, kwargs)
-        if not any(x.ndim for x in given):
+        x = None if placement is None else at(placement.argument, args, kwargs)
+        if placement is not None and x is not None:
+            return x.shape[placement.batch.dim]
+        if not any(x.ndim for x in tensors(args, kwargs)):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
-        if placement is None:
-            return 0
-        return given[placement.argument].shape[placement.batch.dim]
+        self.stale = True  # other arguments than before
+        return 0
 
     def find(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Placement:
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
         settings = self.settings
         names, weights = names_of(root)
-        inputs = tensors(args, kwargs)
-        with torch.no_grad(), untouched(root, self.runs):
-            recorder = Recorder(self, names, inputs)
-            self.running = (recorder,)
-            try:
-                with shown(recorder), given(recorder.checkpoint), recorder:
-                    output = self.plain(root, args, kwargs)
-            finally:
-                self.running = ()
+        recorder, output = self._recorded(root, names, args, kwargs)
         outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
+        for t in outputs:
+            recorder.check(t)
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
@@ -192,16 +191,36 @@ class Network(Stateful):
                 "lies below them is trained by backprop through them; with feedback='direct' it is not",
                 stacklevel=5,
             )
+        if placement.asked and not self.named:
+            self.named = True
+            warnings.warn(
+                "direct feedback: the model asks whether an activity requires a gradient, which right behind a point it does not, so it "
+                "may go another way than the plain model: ask for torch.is_grad_enabled(), or use feedback='layerwise'",
+                stacklevel=5,
+            )
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
-        with torch.no_grad():
-            settle(self, placement, recorder, root, args, kwargs)
+        settle(self, placement, recorder, root, args, kwargs)
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
         return placement
+
+    def _recorded(self, root: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any]:
+        recorder = Recorder(self, names, tensors(args, kwargs))
+        self.running = (recorder,)
+        try:
+            with untouched(root, (args, kwargs), self.runs), shown(recorder), given(recorder.checkpoint), recorder:
+                return recorder, self.plain(root, args, kwargs)
+        except Exception:
+            if self.watched or not any(m._forward_hooks or m._forward_pre_hooks for m in root.modules()):
+                raise
+        finally:
+            self.running = ()
+        self.watched = True  # a forward may need what a hook does
+        return self._recorded(root, names, args, kwargs)
 
     def renamed(self, placement: Placement, weight: Tensor) -> str:
         """The name of a layer whose weight is another tensor than it was: by functional_call, ``assign=True``, a new parameter or layer."""
@@ -231,8 +250,8 @@ class Network(Stateful):
         return chain.point in step.activities or chain.point not in self.points
 
     def runs(self, hook: Any) -> bool:
-        """Whether a forward hook runs while a forward is recorded: ours, and the user's where one was seen to change an activity."""
-        return self.watched or isinstance(getattr(hook, "__self__", None), FeedbackPoint)
+        """Whether a hook runs while a forward is recorded: ours and torch's, and the user's where one was seen to change an activity."""
+        return self.watched or str(getattr(hook, "__module__", "")).startswith(("torch.", "fbkernels.training"))
 
     def hidden(self, name: str) -> bool:
         """Whether a layer may get a point."""
@@ -510,10 +529,14 @@ class Network(Stateful):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.moved = True
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any
     ) -> None:
-        self.measured = []
+        self.measured, self.moved = [], True
         if self.processes is not None:
             self.processes.agreed = False
         self._spend()

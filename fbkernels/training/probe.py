@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fbkernels._tree import flatten, tensors
+from fbkernels._tree import at, flatten, tensors, where
 from fbkernels.layout import Rows
-from fbkernels.placement import Placement, Recorder, untouched
+from fbkernels.placement import Placement, Recorder
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.stream.mode import Layer, Streams, shown
+from fbkernels.untouched import untouched
 
 if TYPE_CHECKING:
     from fbkernels.training.network import Network
@@ -51,14 +52,13 @@ class Probe:
 
     def point(self, mode: Streams, chain: Chain, h: Tensor, d: Tensor | None, waiting: Waiting | None) -> tuple[Tensor, Tensor, Any]:
         self.seen[chain.point] = (h, d)
-        return h, h.detach(), d
+        return h, h, d
 
 
 def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.Module, args: Any, kwargs: Any) -> None:
     """Find the batch's dimension of the input, and the rows of every point's activity and of the outputs."""
-    given = tensors(args, kwargs)
-    placement.argument = recorder.first_input()
-    x = given[placement.argument]
+    x = tensors(args, kwargs)[recorder.first_input()]
+    placement.argument = where(x, root.forward, args, kwargs)
     placement.settled = True
     if x.is_meta:  # which has no values that could show it
         return
@@ -70,7 +70,7 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
         placement.settled = n > 1
         if n < 2:
             continue
-        probe, outputs = _run(network, placement, given, dim, root, args, kwargs)
+        probe, outputs = _run(network, placement, dim, root, args, kwargs)
         rows = [rows_of(h, d, n, 1, share) for h, d in outputs]
         outside = outside or [tuple(h.shape) for (h, _), r in zip(outputs, rows, strict=True) if r is None]
         if all(r is not None for r in rows):
@@ -87,15 +87,16 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
 
 
 def _run(
-    network: Network, placement: Placement, given: list[Tensor], dim: int, root: nn.Module, args: Any, kwargs: Any
+    network: Network, placement: Placement, dim: int, root: nn.Module, args: Any, kwargs: Any
 ) -> tuple[Probe, list[tuple[Tensor, Tensor | None]]]:
     probe = Probe(network, placement)
     mode = Streams(probe, network.buffers_known)
-    for i, x in enumerate(given):
-        mode.put(x, exchanged(x, dim) if i == placement.argument else None)
+    batch = at(placement.argument, args, kwargs)
+    for x in tensors(args, kwargs):
+        mode.put(x, exchanged(x, dim) if x is batch else None)
     network.running = (mode,)
     try:
-        with untouched(root, network.runs), shown(mode), mode:
+        with untouched(root, (args, kwargs), network.runs), shown(mode), mode:
             output = network.plain(root, args, kwargs)
     finally:
         network.running = ()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement
+from fbkernels.placement import Placement, used_twice
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.training.autograd import Sent
 
@@ -104,7 +104,7 @@ class Step:
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         """A point runs."""
         if point.name in self.activities:
-            raise ValueError(f"layer {point.name!r} is used twice in one forward; use two layers, or points=[...]")
+            raise ValueError(used_twice(point.name))
         last = list(self.activities)[-1] if self.activities else None  # torch 2.11 does not trace reversed of none
         if last is not None and self.activities[last].requires_grad and not torch.is_grad_enabled():
             raise ValueError(

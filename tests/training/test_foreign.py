@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import random
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -360,3 +365,285 @@ def test_a_layer_that_every_second_step_skips(feedback: str) -> None:
         runs[0] = step % 2 == 1
         criterion(net(X), Y).backward()
     assert len(fb.points(net)) == 3
+
+
+# what a recording leaves behind
+
+
+class Box:
+    n = 0
+
+
+class Keeper(Net):
+    """Keeps and writes whatever a forward can."""
+
+    def __init__(self) -> None:
+        super().__init__(filled)
+        self._steps, self.box, self.array = 0, Box(), np.zeros(1)
+        self.stats: Any = {"seen": {"n": 0}, "log": []}
+        self.count: Any = collections.Counter()
+        self.random, self.numpy, self.torch = random.Random(0), np.random.default_rng(0), torch.Generator().manual_seed(0)
+        self.draws, self.target = iter(range(99)), nn.Linear(8, 16).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Any:
+        x.sub_(1).mul_(0.5)
+        self._steps, self.box.n, self.last = self._steps + 1, self.box.n + 1, x.sum().item()
+        self.stats["seen"]["n"] += 1
+        self.stats["log"].append(next(self.draws))
+        self.count["n"] += 1
+        self.array += 1
+        drawn = self.random.random() + self.numpy.random() + torch.rand((), generator=self.torch, dtype=x.dtype)
+        self.target.weight.data = self.target.weight.data * 0.9 + self.a.weight.data * 0.1
+        with torch.no_grad():
+            self.target.bias.mul_(0.9).add_(self.a.bias, alpha=0.1)
+        return super().forward(x) + drawn + self.target(x).sum(1, keepdim=True)
+
+    def kept(self) -> Any:
+        return self._steps, self.box.n, self.last, self.stats, self.count, self.array.tolist(), next(self.draws)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_the_first_step_leaves_what_the_plain_one_does(feedback: str) -> None:
+    torch.manual_seed(0)
+    plain, x = Keeper().double(), X.clone()
+    net, own = fb.convert(copy.deepcopy(plain), feedback=feedback, rule=fb.Fixed()), X.clone()
+    stats = net.stats
+    for _ in range(2):
+        assert torch.equal(net(own), plain(x))
+        assert torch.equal(own, x)
+    assert net.kept() == plain.kept()
+    assert net.stats is stats
+    equal(dict(net.target.named_parameters()), dict(plain.target.named_parameters()))
+
+
+def test_a_recording_leaves_the_containers_that_go_in() -> None:
+    def popped(net: Net, batch: dict[str, Any]) -> Tensor:
+        batch["seen"].append(1)
+        return filled(net, batch.pop("x"))
+
+    net, batch = fb.convert(made(popped), rule=fb.Fixed()), {"x": X, "seen": []}
+    assert torch.equal(net(batch), made(filled)(X))
+    assert batch == {"seen": [1]}
+
+
+def test_hooks_of_the_users_run_once() -> None:
+    net, seen = fb.convert(made(filled), rule=fb.Fixed()), []
+
+    def before(module: nn.Module, args: Any) -> None:
+        seen.append("before")
+
+    net.b.register_forward_pre_hook(before)
+    net.b.register_forward_hook(lambda *_: seen.append("behind"))
+    net(X)
+    assert seen == ["before", "behind"]
+
+
+def test_what_a_hook_keeps_for_the_forward() -> None:
+    def hooked(net: Net, x: Tensor) -> Tensor:
+        torch.tanh(net.a(x))
+        return net.o(torch.tanh(net.b(net.kept)))
+
+    net, plain = fb.convert(made(hooked), rule=fb.Fixed()), made(hooked)
+    for m in (net, plain):
+        m.a.register_forward_hook(lambda _, args, h, m=m: setattr(m, "kept", h))
+    assert torch.equal(net(X), plain(X))
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_layer_that_runs_while_gradients_are_enabled(feedback: str) -> None:
+    def asks(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        return net.o(torch.tanh(net.b(h)) + (torch.tanh(net.c(h)) if torch.is_grad_enabled() else 0))
+
+    net = fb.convert(made(asks), feedback=feedback, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    assert len(fb.points(net)) == 3
+    assert net.feedback.unplaced == set()
+
+
+# calls that torch shows to nobody, or shows in another form
+
+
+@torch.jit.script
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("unseen", [swish, torch.vmap(lambda v: v * v.norm())])
+@pytest.mark.parametrize("last", [False, True])
+def test_calls_that_cannot_be_seen_are_told(feedback: str, unseen: Any, last: bool) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        out = net.o(torch.tanh(net.b(h)) + (net.c(h) if last else unseen(net.c(h))))
+        return out + unseen(out) if last else out
+
+    net = fb.convert(made(forward), feedback=feedback, rule=fb.Fixed())
+    with pytest.raises(
+        ValueError, match=f"what follows layer '{'o' if last else 'c'}' runs where torch shows no calls, in torch.jit.script"
+    ):
+        net(X)
+
+
+def test_a_buffer_that_holds_an_activity_and_a_mask_drawn_from_one_are_no_such_calls() -> None:
+    def kept(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        net.bank = torch.zeros(6, 16, dtype=x.dtype)
+        net.bank[:] = h
+        return net.o(torch.tanh(net.b(h * torch.bernoulli(h.sigmoid()))) + net.bank.mean())
+
+    assert list(fb.points(net := fb.convert(made(kept), rule=fb.Fixed()))) and net(X).shape == (6, 4)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.LMS(1e-3)], ids=repr)
+def test_keywords_are_positions(feedback: str, rule: fb.Rule) -> None:
+    def named(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(input=F.linear(weight=net.a.weight, bias=net.a.bias, input=x))
+        return net.o(torch.tanh(F.linear(input=h, weight=net.b.weight, bias=net.b.bias)))
+
+    found = []
+    for how in (named, lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))):
+        net = fb.convert(made(how), feedback=feedback, rule=rule)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        found.append([gradients(net, criterion(net(X), Y)) for _ in range(3)][-1])
+    equal(*found)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_tensordot(feedback: str) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return net.o(torch.tanh(torch.tensordot(torch.tanh(net.a(x)), net.b.weight, ([1], [1]))))
+
+    net = fb.convert(made(forward), feedback=feedback, rule=fb.Fixed())
+    assert torch.equal(net(X), made(forward)(X))
+
+
+@pytest.mark.parametrize("name", ["product", "einsum", "inner", "GRUCell", "LSTMCell", "RNNCell"])
+def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        if name == "product":
+            h = h @ (net.b.weight.T @ net.c.weight)
+        elif name == "einsum":
+            h = torch.einsum("ni,oi->no", h, net.b.weight * 1.0)
+        elif name == "inner":
+            h = torch.inner(h, net.b.weight)
+        else:
+            h = cell(h)
+            h = h[0] if isinstance(h, tuple) else h
+        return net.o(torch.tanh(h[:, :12]))
+
+    cell = getattr(nn, name)(16, 12).double() if name.endswith("Cell") else None
+    net = made(forward)
+    net.cell = cell
+    with pytest.warns(UserWarning, match="carry the error through their own weights, which have no B"):
+        fb.convert(net, feedback="layerwise", rule=fb.Fixed())(X)
+
+
+# what changes between two steps
+
+
+@pytest.mark.parametrize("change", [other_tensors, nn.Module.double])
+def test_statistics_of_a_norm_are_written_once_after_a_move(change: Callable[[nn.Module], Any]) -> None:
+    torch.manual_seed(0)
+    norm = nn.InstanceNorm1d(4, track_running_stats=True)
+    plain = nn.Sequential(nn.Conv1d(8, 4, 1), nn.Tanh(), nn.Conv1d(4, 4, 1), norm, nn.Flatten(), nn.Linear(20, 4)).double()
+    net, x = fb.convert(copy.deepcopy(plain), rule=fb.Joint()), torch.randn(6, 8, 5, dtype=torch.float64)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        plain(x)
+        criterion(net(x), Y).backward()
+        torch.testing.assert_close(net[3].running_var, plain[3].running_var)
+        if change is other_tensors:
+            change(net)
+        else:
+            net.float(), change(net)
+            plain.float().double()
+
+
+@pytest.mark.parametrize("rule", [fb.LMS(1e-3), fb.Ridge()], ids=repr)
+def test_the_batch_is_found_by_its_parameter(rule: fb.Rule) -> None:
+    class Two(Net):
+        def forward(self, x: Tensor | None = None, m: Any = None) -> Any:
+            assert x is not None
+            return self.o(torch.tanh(self.b(torch.tanh(self.a(x)))) * m["m"].mean())
+
+    m, found = torch.rand(3, 3, dtype=torch.float64), []
+    for second in (((X, {"m": m}), {}), ((), {"x": X, "m": {"m": m}}), ((), {"m": {"m": m}, "x": X})):
+        torch.manual_seed(0)
+        net = fb.convert(Two(filled).double(), feedback="layerwise", rule=rule)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        criterion(net(X, m={"m": m}), Y).backward()
+        for _ in range(2):
+            got = gradients(net, criterion(net(*second[0], **second[1]), Y))
+        found.append(got)
+    equal(found[1], found[0])
+    equal(found[2], found[0])
+
+
+def test_a_batch_that_another_parameter_takes() -> None:
+    class Either(Net):
+        def forward(self, x: Any = None, embedded: Any = None) -> Any:
+            return filled(self, embedded if x is None else x)
+
+    net = fb.convert(Either(filled).double(), rule=fb.Joint())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    criterion(net(embedded=X[:4]), Y[:4]).backward()
+
+
+def test_what_a_model_refers_to_stays_the_users() -> None:
+    model = made(lambda net, x: filled(net, x) / net.settings["temperature"])
+    settings: Any = {"temperature": 1.0}
+    model.settings, model.lock, model.draws, model.layers = settings, threading.Lock(), (i for i in range(3)), {"o": [model.o, settings]}
+    net = fb.convert(model)
+    settings["temperature"] = 2.0
+    assert torch.equal(net.eval()(X), model.eval()(X))
+    assert net.lock is model.lock and net.draws is model.draws
+    assert net.layers["o"][0] is net.o is not model.o and net.layers["o"][1] is settings
+
+
+def test_a_compiled_part_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), torch.compile(nn.Tanh()), nn.Linear(16, 4))
+    with pytest.raises(ValueError, match="module '1' is compiled, and its calls cannot be seen: convert with its _orig_mod in its place"):
+        fb.convert(model)
+
+
+def test_a_model_that_asks_for_requires_grad_is_warned_where_the_answer_is_another() -> None:
+    def asks(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x)).view(-1, 16)
+        return net.o(torch.tanh(net.b(h)) + (torch.tanh(net.c(h)) if h.requires_grad else 0))
+
+    with pytest.warns(UserWarning, match="direct feedback: the model asks whether an activity requires a gradient"):
+        fb.convert(made(asks), rule=fb.Fixed())(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fb.convert(made(asks), feedback="layerwise", rule=fb.Fixed())(X), made(asks)(X))
+        net = fb.convert(made(filled), rule=fb.Fixed())
+        net.b.register_full_backward_hook(lambda *_: None)
+        net(X)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_tied_layers_and_one_for_two_inputs(feedback: str) -> None:
+    def tied_twice(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(torch.tanh(net.b(torch.tanh(net.a(x)))), net.b.weight.T))
+        return net.o(torch.tanh(F.linear(torch.tanh(F.linear(h, net.a.weight.T)), net.c.weight[:, :8])))
+
+    def siamese(net: Net, x: Tensor) -> Tensor:
+        u, v = (torch.tanh(net.b(torch.tanh(net.a(t)))) for t in (x, x.flip(1)))
+        return net.o(u * v)
+
+    def batched(net: Net, x: Tensor) -> Tensor:
+        u, v = torch.tanh(net.b(torch.tanh(net.a(torch.cat((x, x.flip(1))))))).chunk(2)
+        return net.o(u * v)
+
+    with pytest.raises(ValueError, match=r"no parameters, a tied one's weight.T perhaps, .*: exclude=\['layer'\] trains"):
+        fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed())(X)
+    with pytest.raises(ValueError, match="layer 'a' is used twice in one forward: run both inputs as one batch"):
+        fb.convert(made(siamese), feedback=feedback, rule=fb.Fixed())(X)
+    for how, options in ((tied_twice, {"exclude": ["layer"]}), (batched, {})):
+        net = fb.convert(made(how), feedback=feedback, rule=fb.Fixed(), **options)
+        assert torch.equal(net(X), made(how)(X)) and len(fb.points(net)) == 2

@@ -1,0 +1,162 @@
+"""A forward that leaves no trace: what it may write is put back where it lies, so that whoever else holds it sees no change."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dis
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_DEPTH = 2  # plain objects in one another: a trainer that a module knows leads to the data
+_WALKED_ALONE = ("_parameters", "_modules")  # a layer that the first call makes stays, and fully_shard exchanges parameters itself
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
+@contextlib.contextmanager
+def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Iterator[None]:
+    """A forward inside leaves parameters, buffers, inputs, random numbers and what modules keep as they were. Of forward hooks, and of
+    pre-hooks that return nothing, which may keep what they see, only ``ours`` run."""
+    undo = _undo(net, inputs)
+    for m in net.modules():
+        for name, kept in (("_forward_hooks", ours), ("_forward_pre_hooks", lambda h: ours(h) or not _looks(h))):
+            if hooks := m.__dict__[name]:
+                undo.append(partial(setattr, m, name, hooks))
+                setattr(m, name, collections.OrderedDict((k, h) for k, h in hooks.items() if kept(h)))
+    numpy: Any = sys.modules.get("numpy")
+    undo.append(partial(random.setstate, random.getstate()))
+    if numpy:
+        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            for back in undo:
+                back()
+
+
+def _undo(*roots: Any) -> list[Callable[[], object]]:
+    undo: list[Callable[[], object]] = []
+    seen: dict[int, Any] = {}  # which are kept, so that no identity is used again
+    todo: list[tuple[Any, int]] = [(x, _DEPTH) for x in roots]
+    while todo:
+        x, depth = todo.pop()
+        if id(x) in seen or isinstance(x, _ATOMS):
+            continue
+        values: list[Any] = []
+        if isinstance(x, Tensor):
+            seen[id(x)] = x
+            undo += _tensor(x)
+            continue
+        if (state := _state(x)) is not None:
+            seen[id(x)] = x
+            undo.append(state)
+            continue
+        if isinstance(x, tuple):
+            values += x
+        elif isinstance(x, (list, collections.deque, set)):
+            undo.append(partial(_refill, x, [*x]))
+            values += x
+            if isinstance(x, list):
+                _spare(x, enumerate(x))
+        elif isinstance(x, dict):
+            undo.append(partial(_reset, x, dict(x)))
+            values += x.values()
+            _spare(x, [*x.items()])
+        attributes = getattr(x, "__dict__", None)
+        if isinstance(x, nn.Module):
+            if type(x).__module__.startswith("fbkernels.training") or any(p is not None and is_lazy(p) for p in x._parameters.values()):
+                continue
+            depth = _DEPTH
+            values += (v for name in _WALKED_ALONE for v in x.__dict__[name].values())
+        elif not isinstance(attributes, dict) or type(x).__module__.startswith(("torch.", "fbkernels.training")):
+            attributes = None
+        elif depth == 0:
+            continue
+        else:
+            depth -= 1
+        seen[id(x)] = x
+        if attributes is not None and attributes is not x:
+            undo.append(partial(_reset, attributes, dict(attributes)))
+            values += (v for k, v in attributes.items() if k not in _WALKED_ALONE)
+            _spare(attributes, [*attributes.items()])
+        todo += ((v, depth) for v in values)
+    return undo
+
+
+def _tensor(t: Tensor) -> list[Callable[[], None]]:
+    if t.is_meta or t.is_inference() or t.layout is not torch.strided or 0 in t.stride() or is_traceable_wrapper_subclass(t):
+        return []
+    own, value = t.data, t.detach().clone()  # own: of no version that a graph could miss
+
+    def back() -> None:
+        if (t.data_ptr(), t.shape, t.stride(), t.dtype) != (own.data_ptr(), own.shape, own.stride(), own.dtype):
+            t.data = own
+        own.copy_(value)
+
+    return [back]
+
+
+def _state(x: Any) -> Callable[[], object] | None:
+    if isinstance(x, random.Random) and not isinstance(x, random.SystemRandom):
+        return partial(x.setstate, x.getstate())
+    if isinstance(x, torch.Generator):
+        return partial(x.set_state, x.get_state())
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(x, numpy.random.RandomState):
+        return partial(x.set_state, x.get_state())
+    if isinstance(x, numpy.random.Generator):
+        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
+    if isinstance(x, numpy.ndarray) and x.flags.writeable:
+        return partial(numpy.copyto, x, x.copy())
+    return None
+
+
+def _refill(x: Any, values: list[Any]) -> None:
+    if len(x) != len(values) or any(a is not b for a, b in zip(x, values, strict=True)):
+        x.clear()
+        (x.update if isinstance(x, set) else x.extend)(values)
+
+
+def _reset(x: dict[Any, Any], values: dict[Any, Any]) -> None:
+    same = len(x) == len(values) and all(a is b and v is w for (a, v), (b, w) in zip(x.items(), values.items(), strict=True))
+    if not same:
+        x.clear()
+        for k, v in values.items():
+            x[k] = v
+
+
+def _spare(x: Any, items: Any) -> None:
+    """Let copies of iterators be advanced; of those that cannot be copied there is one."""
+    for k, v in items:
+        if isinstance(v, Iterator) and not hasattr(v, "__dict__"):
+            with contextlib.suppress(TypeError):
+                x[k] = copy.copy(v)
+
+
+def _looks(hook: Any) -> bool:
+    """Whether a hook returns nothing, as its code shows."""
+    f = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else vars(type(hook)).get("__call__"))
+    if not isinstance(f, types.FunctionType):
+        return False
+    before: Any = None
+    for i in dis.get_instructions(f):
+        constant = before if i.opname == "RETURN_VALUE" else i
+        if i.opname.startswith("RETURN_") and i.opname != "RETURN_GENERATOR":
+            if "CONST" not in constant.opname or constant.argval is not None:
+                return False
+        before = i
+    return True
