@@ -41,6 +41,7 @@ class Placement:
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
+    kept: tuple[tuple[str, str], ...] = ()  # direct: module and attribute of what the model keeps behind a point, with a gradient
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
     @property
@@ -213,7 +214,14 @@ def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:
 
 
 def place(
-    recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool
+    recorder: Recorder,
+    outputs: list[Tensor],
+    *,
+    found: bool,
+    hidden: Callable[[str], bool],
+    layerwise: bool,
+    alone: bool,
+    kept: Mapping[tuple[str, str], list[int]],
 ) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
     ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
@@ -251,6 +259,7 @@ def place(
         raise ValueError(f"layer {twice!r} is used twice in one forward; use two layers, or points=[...]")
     placement.points = tuple(names)
     placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
+    placement.kept = tuple(k for k, values in kept.items() if any(not graph.before_of(v).isdisjoint(ends) for v in values))
     return placement
 
 
@@ -262,7 +271,7 @@ class _Graph:
     def __init__(self, recorder: Recorder, outputs: list[Tensor]) -> None:
         ends = [v for t in outputs if (v := recorder.known(t)) is not None]
         self.made = {v: c for c in recorder.calls for v in c.outs}
-        self.ends, self.before = set(ends), [self._before(v) for v in ends]
+        self.ends, self.before = set(ends), [self.before_of(v) for v in ends]
         self.live = set[int]().union(*self.before)
         running = [c for c in recorder.calls if any(v in self.live for v in c.outs)]
         self.readers: dict[int, list[Call]] = collections.defaultdict(list)
@@ -283,7 +292,7 @@ class _Graph:
             if c.weighted or any(v in self.weighted for v in c.outs):
                 self.weighted.update(c.ins)
 
-    def _before(self, end: int) -> set[int]:
+    def before_of(self, end: int) -> set[int]:
         """What an output depends on."""
         found, todo = set[int](), [end]
         while todo:
@@ -355,6 +364,19 @@ def _reads(
     return placement
 
 
+def keeps(net: nn.Module, known: Callable[[Any], int | None]) -> dict[tuple[str, str], list[int]]:
+    """By module and attribute, what ``known`` says of the tensors that the modules keep in their own attributes."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for name, m in net.named_modules():
+        for k, v in m.__dict__.items():
+            if k not in _INTERNAL and isinstance(v, (Tensor, list, tuple, dict)):
+                values = [i for t in tree_leaves(v) if isinstance(t, Tensor) and (i := known(t)) is not None]
+                if values:
+                    found[name, k] = values
+    return found
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
 _PYTHON = (int, float, str, bool, type(None), tuple, list, dict, set, collections.deque, Tensor)
 
 

@@ -380,15 +380,18 @@ class Streams(TorchFunctionMode):
             y, d = self._both(kind_of(func), func, (y, *args), kwargs, [(y, mark)])
         return y, d
 
-    def finish(self) -> None:
-        """Give the tensors that somebody has kept their values: a module's own attribute, a hook's list."""
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """Give the tensors that somebody has kept their values: a module's own attribute, a hook's list. They have no graph."""
+        kept = []
         for reference, waiting in self.waiting:
             t = reference()
             if t is not None:
                 mark = self.mark(t)
                 y = mark[4] if mark is not None and mark[4] is not None else waiting.clean()
                 t.data = y.detach()
+                kept.append((waiting.chain.layer or waiting.chain.point, t))
         self.waiting = []
+        return kept
 
 
 class _Modes(threading.local):

@@ -18,7 +18,7 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels._tree import flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, names_of, place, untouched
+from fbkernels.placement import Placement, Recorder, keeps, names_of, place, untouched
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -61,7 +61,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.named = False  # what a warning was given of
+        self.warned = self.unseen = self.named = self.lost = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -107,8 +107,31 @@ class Network(Stateful):
                 output = self.plain(root, args, kwargs)
         finally:
             self.running = ()
-        mode.finish()
-        return self.end(step, mode, output)
+        for layer, t in mode.finish():
+            if t.requires_grad:
+                t.register_hook(functools.partial(_lost, weakref.ref(self), f"what was kept behind layer {layer!r}"))
+        output = self.end(step, mode, output)
+        if step.placement.kept and not torch.compiler.is_compiling():
+            for name, attribute in step.placement.kept:
+                own = root.get_submodule(name).__dict__
+                own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
+        return output
+
+    def kept(self, mode: Streams, name: str, value: Any) -> Any:
+        """Direct: an attribute that is computed behind a point, whose gradient would be lost without a word."""
+        if type(value) in (list, tuple):
+            told = [self.kept(mode, name, v) for v in value]
+            if isinstance(value, tuple):
+                return tuple(told)
+            value[:] = told
+            return value
+        if type(value) is dict:
+            value.update({k: self.kept(mode, name, v) for k, v in value.items()})
+        if not isinstance(value, Tensor) or mode.mark(value) is None or not value.is_floating_point():
+            return value
+        t = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        t.register_hook(functools.partial(_lost, weakref.ref(self), name))
+        return t
 
     def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         settings, rule = self.settings, self.settings.rule
@@ -178,11 +201,23 @@ class Network(Stateful):
                     output = self.plain(root, args, kwargs)
             finally:
                 self.running = ()
+            kept = {} if settings.layerwise else keeps(root, recorder.known)
+        if kept:  # the plain model says which of them have a gradient
+            with torch.enable_grad(), untouched(root, self.runs):
+                self.plain(root, args, kwargs)
+                with_gradient = keeps(root, lambda t: 1 if t.requires_grad else None)
+            kept = {k: v for k, v in kept.items() if k in with_gradient}
         outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
-            recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised
+            recorder,
+            outputs,
+            found=settings.found,
+            hidden=self.hidden,
+            layerwise=settings.layerwise,
+            alone=settings.rule.supervised,
+            kept=kept,
         )
         placement.names, placement.weights = names, weights
         if placement.own_weights and not self.named:
@@ -549,6 +584,18 @@ def capturing(step: Tensor) -> bool:
 @constant  # Dynamo enters the transforms while it traces, so the answer is known then
 def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _lost(owner: weakref.ref[Network], what: str, _: Tensor) -> None:
+    """The gradient of a tensor that was kept behind a point."""
+    network = owner()
+    if network is not None and not network.lost:
+        network.lost = True
+        warnings.warn(
+            f"{what} is in a loss, and direct feedback sends its gradient to no layer below it: return it from forward, a number for each "
+            "sample, and let the criterion add it, or use feedback='layerwise'",
+            stacklevel=2,
+        )
 
 
 def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:

@@ -360,3 +360,38 @@ def test_a_layer_that_every_second_step_skips(feedback: str) -> None:
         runs[0] = step % 2 == 1
         criterion(net(X), Y).backward()
     assert len(fb.points(net)) == 3
+
+
+def keeps(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    g = torch.tanh(net.b(h))
+    net.kl, net.terms = h.square().mean(), [g.abs().mean()]
+    with torch.no_grad():
+        net.seen = h.mean()
+    return net.o(g)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("term", [lambda net: net.kl, lambda net: net.terms[0]])
+def test_a_loss_of_what_the_model_keeps_is_told_or_right(feedback: str, term: Callable[[Any], Tensor]) -> None:
+    plain = made(keeps)
+    net = fb.convert(plain, feedback=feedback, rule=fb.WeightTransport() if feedback == "layerwise" else fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    assert not net.seen.requires_grad
+    criterion(net(X), Y)
+    if feedback == "direct":
+        with pytest.warns(UserWarning, match="is in a loss, and direct feedback sends its gradient to no layer below it"):
+            term(net).backward()
+    else:
+        plain(X)
+        equal(gradients(net, term(net)), gradients(plain, term(plain)))
+
+
+def test_a_loss_of_what_a_hook_kept_of_a_fused_layer_is_told() -> None:
+    net = fb.convert(mlp().float(), rule=fb.Fixed())
+    seen: list[Tensor] = []
+    net[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    net(X.float())
+    with pytest.warns(UserWarning, match="what was kept behind layer '0' is in a loss"):
+        seen[0].square().mean().backward()
