@@ -15,8 +15,9 @@ from fbkernels import ops
 from fbkernels._tree import flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
+from fbkernels.stream.differences import drawn_again, generators
 from fbkernels.training.autograd import Deliver
-from fbkernels.training.network import Network
+from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
 from fbkernels.training.step import Step
 
@@ -292,7 +293,13 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
-    losses, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+    drawn = None
+    if not (per_sample.plain or per_sample.random is False or torch.compiler.is_compiling() or capturing(y)):
+        drawn = generators(y.device)
+    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+    if drawn is not None:
+        pairs = zip(drawn, generators(y.device), strict=True)
+        per_sample.random = bool(per_sample.random) or any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
         dy = torch.cat(sides, 1) * 0
@@ -305,12 +312,22 @@ def signals(
                 torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
             ]
-            for i, d in zip(at, ds, strict=True):
-                leaves[i] = step.rows(leaves[i].detach()).double() + d
             rows = len(y)
-            targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
-            whole = target if isinstance(target, Tensor) else None
-            L = per_sample(unflatten(leaves, spec), targets, whole)
+            if per_sample.random:  # the same numbers for each row
+                sides_of = [step.sides(leaves[i].detach().double(), d) for i, d in zip(at, ds, strict=True)]
+                drawn_alike = []
+                for moved_leaves in zip(*sides_of, strict=True):
+                    for i, t in zip(at, moved_leaves, strict=True):
+                        leaves[i] = t
+                    with drawn_again(drawn, y.device):
+                        drawn_alike.append(samplewise(step, layouts[0], per_sample(unflatten(leaves, spec), target))[:n])
+                L = torch.cat(drawn_alike)
+            else:
+                for i, d in zip(at, ds, strict=True):
+                    leaves[i] = step.rows(leaves[i].detach()).double() + d
+                targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
+                whole = target if isinstance(target, Tensor) else None
+                L = per_sample(unflatten(leaves, spec), targets, whole)
             if step.antithetic:
                 dL = (L[:n] - L[n:]) / 2
                 dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)
@@ -339,6 +356,7 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
     outputs = [step.outputs[i] for i in chosen]
     feedback: tuple[Tensor, ...] = ()
     activities: tuple[Tensor, ...] = ()
+    weighted, step.weighted = step.weighted, None
     if settings.rule.private:
         padding = step.samples - m.rows
         given = [settings.rule.gradients(point, m) for point in points]
@@ -364,7 +382,9 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
         step.record(m),
         step.sent if step.own and not (settings.layerwise or torch.compiler.is_compiling()) else None,
         anchor,
+        weighted,
         *outputs,
         *activities,
+        *(() if weighted is None else weighted.others),
     )
     return out

@@ -117,7 +117,7 @@ def _gradients(
         h.retain_grad()
     chosen = list(range(len(step.outputs)))
     if exact:
-        _, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+        _, e, _ = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
         per_sample(output, target).sum().backward()
     else:
         losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)

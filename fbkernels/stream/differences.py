@@ -275,13 +275,13 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         hargs, hkwargs = (_map(args, other, False), _map(kwargs, other, False)) if low else ((), {})
     random = mode.site.random is not None and func in mode.site.random if not torch.compiler.is_compiling() else False
     device = next((t.device for t in _leaves(args) if isinstance(t, Tensor)), None)
-    drawn = _generators(device) if random else None
+    drawn = generators(device) if random else None
     out = func(*args, **kwargs)
     result = args[0] if name == "__setitem__" else out
     tensors = _leaves(result)
     if not any(isinstance(t, Tensor) for t in tensors):
         return out, None
-    with torch.no_grad(), _exact(tensors[0] if low else None), _drawn_again(drawn, device):
+    with torch.no_grad(), _exact(tensors[0] if low else None), drawn_again(drawn, device):
         other_out = func(*pargs, **pkwargs)
         base = func(*hargs, **hkwargs) if low else out
     if name == "__setitem__":
@@ -334,18 +334,18 @@ def _exact(x: Tensor | None) -> Iterator[None]:
         yield
 
 
-def _generators(device: torch.device | None) -> tuple[Tensor, Tensor | None]:
+def generators(device: torch.device | None) -> tuple[Tensor, Tensor | None]:
     if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph cannot hold a function that draws random numbers, dropout apart: take it out of the model")
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
 
 
 @contextlib.contextmanager
-def _drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.device | None) -> Iterator[None]:
+def drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.device | None) -> Iterator[None]:
     if drawn is None:
         yield
         return
-    now = _generators(device)
+    now = generators(device)
     _set_generators(drawn, device)
     try:
         yield
