@@ -75,7 +75,7 @@ class Call:
     @property
     def cut(self) -> bool:
         """Whether no gradient passes."""
-        return self.func is not None and name_of(self.func) in ("detach", "detach_")
+        return self.func is not None and name_of(self.func) in ("detach", "detach_", "bernoulli")
 
 
 class Recorder(TorchFunctionMode):

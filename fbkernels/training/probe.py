@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Probe:
     """A site without noise and without cuts, that looks at the differences at points."""
 
-    constant = rows_first = False
+    constant = rows_first = antithetic = False
     samples = 0
     fuses: tuple[torch.dtype, ...] = ()
 
@@ -34,6 +35,12 @@ class Probe:
 
     def rows(self, h: Tensor, d: Tensor | None = None) -> Tensor:
         return h
+
+    def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
+        return [h + d]
+
+    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+        return sides[0]
 
     def written(self, h: Tensor) -> None:
         pass

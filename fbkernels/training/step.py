@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +95,11 @@ class Step:
         dim, n = self._batch(h, d), self.perturbed_rows
         first, rest = h.narrow(dim, 0, n), h.narrow(dim, n, self.samples - n)
         return [torch.cat(((first + part).to(h.dtype), rest), dim) for part in d.split(n, dim)]
+
+    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Of results for each side the rows that have a difference, in the shape of ``like``."""
+        dim = self._batch(sides[0], like)
+        return torch.cat([t.narrow(dim, 0, self.perturbed_rows) for t in sides], dim)
 
     def count(self, weight: Any) -> tuple[str, int]:
         """Which layer runs: its name, and how often it ran before in this step."""
