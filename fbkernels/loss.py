@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +114,10 @@ class PerturbedLoss(nn.Module):
         network = root.feedback
         assert isinstance(network, Network)
         if not root.training or not torch.is_grad_enabled():
-            return self.criterion(output, target)
+            plain: Tensor = self.criterion(output, target)
+            if plain.requires_grad and not (network.told or torch.compiler.is_compiling()):
+                plain.register_hook(functools.partial(backprops, weakref.ref(network)))
+            return plain
         if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule
@@ -173,13 +179,27 @@ class PerturbedLoss(nn.Module):
         return self.per_sample.reduce(out), learns
 
 
+def backprops(owner: weakref.ref[Network], _: Tensor) -> None:
+    """A loss in eval mode is differentiated."""
+    network = owner()
+    if network is not None and not network.told:
+        network.told = True
+        warnings.warn(
+            "the network is in eval mode, where gradients are backprop's: call net.train(), and then .eval() of the norms or dropouts that "
+            "are to stay as they are",
+            stacklevel=2,
+        )
+
+
 def given(step: Step, output: Any) -> list[int] | None:
     """Which of the network's outputs these are; None where one is not, or there is none."""
     chosen: list[int] = []
     for t in flatten(output)[0]:
         if not isinstance(t, Tensor):
             continue
-        i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
+        i = next((i for i, own in enumerate(step.outputs) if same(t, own)), None)
+        if i is None:
+            i = next((i for i in range(len(step.outputs)) if followed(step, i, t)), None)
         if i is None:
             return None
         step.own = step.own and t is step.outputs[i]

@@ -61,7 +61,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.named = self.lost = False  # what a warning was given of
+        self.warned = self.unseen = self.named = self.lost = self.told = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -227,6 +227,9 @@ class Network(Stateful):
                 "lies below them is trained by backprop through them; with feedback='direct' it is not",
                 stacklevel=5,
             )
+        read = {name for name, _ in placement.reads}
+        if (bad := next((names[id(w)] for w in weights if w.is_complex() and names[id(w)] in read), None)) is not None:
+            raise TypeError(f"layer {bad!r} has complex weights, and layerwise feedback has no complex B: use feedback='direct'")
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:
@@ -302,6 +305,7 @@ class Network(Stateful):
     def end(self, step: Step, mode: Streams, output: Any) -> Any:
         """Keeps the differences of the outputs, hands out plain tensors."""
         leaves, spec = flatten(output)
+        twice = [t for i, t in enumerate(leaves) if isinstance(t, Tensor) and any(t is o for o in leaves[:i])]  # with a gradient for each
         for i, t in enumerate(leaves):
             if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None:
                 continue
@@ -316,7 +320,7 @@ class Network(Stateful):
                 t = h.view_as(h)
             if self.processes is not None and not self.settings.layerwise and not step.outputs:
                 t = Reach.apply(t, *step.activities.values())
-            elif any(t is own for own in step.activities.values()):
+            elif any(t is own for own in step.activities.values()) or any(leaves[i] is o for o in twice):
                 t = t.view_as(t)
             if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
                 # a hook that held the step would keep it for ever: no collector sees the way from a tensor through its hooks
@@ -603,11 +607,14 @@ def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:
     network = owner()
     if network is None or network.unseen:
         return
+    if not sent.taken and network.settings.layerwise and not network.settings.rule.adapts:
+        return
     if not sent.taken:
         network.unseen = True
+        what = "B learns nothing" if network.settings.layerwise else "its hidden layers get no learned feedback"
         warnings.warn(
-            "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
-            "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
+            f"the output of a converted network got its gradient from a loss that is no PerturbedLoss, so {what}: write criterion = "
+            "fbkernels.PerturbedLoss(criterion, net)",
             stacklevel=2,
         )
     elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd has added another one

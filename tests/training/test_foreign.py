@@ -395,3 +395,55 @@ def test_a_loss_of_what_a_hook_kept_of_a_fused_layer_is_told() -> None:
     net(X.float())
     with pytest.warns(UserWarning, match="what was kept behind layer '0' is in a loss"):
         seen[0].square().mean().backward()
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_step_in_eval_mode_is_told(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    net.eval()
+    criterion(net(X), Y)  # an evaluation that has not turned autograd off
+    with pytest.warns(UserWarning, match="the network is in eval mode, where gradients are backprop's"):
+        criterion(net(X), Y).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_layers_are_refused_in_layerwise_feedback() -> None:
+    layers = [nn.Linear(8, 6), nn.Linear(6, 6, dtype=torch.complex128), nn.Linear(6, 4)]
+
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = (layer.to(torch.complex128 if i == 1 else torch.float64) for i, layer in enumerate(layers))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.tanh(self.b(torch.tanh(self.a(x)).to(torch.complex128))).abs())
+
+    with pytest.raises(TypeError, match="layer 'b' has complex weights, and layerwise feedback has no complex B"):
+        fb.convert(Complex(), feedback="layerwise", rule=fb.WeightTransport())(X)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.Joint()], ids=repr)
+def test_an_output_that_is_returned_twice(rule: fb.Rule) -> None:
+    def twice(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))
+        return out, out
+
+    plain = made(twice)
+    net = fb.convert(plain, rule=rule)
+    got = gradients(net, fb.PerturbedLoss(both, net)(net(X), Y))
+    want = gradients(plain, both(plain(X), Y))
+    equal({"o.weight": got["o.weight"]}, {"o.weight": want["o.weight"]})
+
+
+@pytest.mark.filterwarnings("error:the output of a converted network")
+def test_a_layerwise_generator_learns_from_another_network_s_loss() -> None:
+    generator = fb.convert(mlp(), feedback="layerwise", rule=fb.WeightTransport())
+    judge = fb.convert(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), feedback="layerwise", rule=fb.Fixed())
+    fb.PerturbedLoss(nn.BCEWithLogitsLoss(), judge)(judge(generator(X)), torch.ones(6, 1, dtype=torch.float64)).backward()
+    assert generator[0].weight.grad.norm() > 0
+    mirror = fb.convert(mlp(), feedback="layerwise", rule=fb.WeightMirror())
+    with pytest.warns(UserWarning, match="a loss that is no PerturbedLoss, so B learns nothing"):
+        mirror(X).sum().backward()
