@@ -21,3 +21,8 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
 
 def unflatten(leaves: list[Any], spec: Any) -> Any:
     return leaves[0] if spec is None else tree_unflatten(leaves, spec)
+
+
+def differs(t: Tensor) -> bool:
+    """Whether a gradient can reach it: no choice or mask that stands beside logits."""
+    return t.is_floating_point() or t.is_complex()

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from fbkernels._tree import differs
+
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
 _CONTAINERS = (list, dict, set, collections.deque)
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -64,15 +66,17 @@ class PerSample:
         c = self.criterion
         return self.stock and (not self.module or (c.weight is None and c.label_smoothing == 0.0 and c.ignore_index == -100))
 
-    def __call__(self, output: Any, target: Any, whole: Any = None, *, clean: bool = False) -> Tensor:
-        """A loss for each row of the output, such that their mean, or sum, is the criterion's value; ``whole``: the target of the whole
-        batch; ``clean``: what the criterion changes of itself waits for ``advance``."""
-        logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+    def __call__(self, output: Any, target: Any, whole: Any = None, *, samples: int = -1, clean: bool = False) -> Tensor:
+        """A loss for each row of the output, or each of ``samples``, such that their mean, or sum, is the criterion's value; ``whole``: the
+        target of the whole batch; ``clean``: what the criterion changes of itself waits for ``advance``."""
+        logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and differs(t))
         losses = self._run(output, target, "none", clean)
-        if losses.ndim == 0 or len(losses) != len(logits):
+        if losses.ndim == 0 or len(losses) not in (len(logits), samples):
             raise ValueError(
-                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
-                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample"
+                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits) if samples < 0 else samples} "
+                "samples: "
+                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample; samples come first in "
+                "what the network takes, not time"
             )
         if self.reduction == "none" and losses.ndim > 1:
             raise ValueError(
@@ -149,7 +153,7 @@ class PerSample:
                 own = float(self._run(output, target, self.reduction))
             if again:  # a random criterion has drawn other numbers
                 with torch.random.fork_rng(devices):
-                    losses = self(output, target)
+                    losses = self(output, target, samples=len(losses))
             ours = float(self.reduce(losses))
             if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
                 return
@@ -263,9 +267,9 @@ def couples(losses: Tensor, z: list[Tensor], e: tuple[Tensor | None, ...]) -> bo
     return False
 
 
-def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
+def error(per_sample: PerSample, output: Any, target: Any, samples: int = -1) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
     """A loss for each row, and e = dL/doutput in the shape of each tensor of the output, all float64."""
-    leaves, spec = tree_flatten(tree_map_only(Tensor, torch.Tensor.double, output))
+    leaves, spec = tree_flatten(tree_map_only(Tensor, lambda t: t.double() if differs(t) else t, output))
     at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
     more = per_sample.others or (isinstance(target, Tensor) and target.requires_grad)
     if torch.compiler.is_compiling():  # Dynamo traces torch.func.grad, and torch.autograd.grad only behind a switch
@@ -279,7 +283,7 @@ def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tupl
             filled = list(leaves)
             for i, t in zip(at, z, strict=True):
                 filled[i] = t
-            losses = per_sample(tree_unflatten(filled, spec), target)
+            losses = per_sample(tree_unflatten(filled, spec), target, samples=samples)
             return losses.sum(), losses
 
         e, losses = torch.func.grad(total, argnums=tuple(range(len(at))), has_aux=True)(*(leaves[i] for i in at))
@@ -288,7 +292,7 @@ def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tupl
         z = [leaves[i].detach().requires_grad_() for i in at]
         for i, t in zip(at, z, strict=True):
             leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
-        losses = per_sample(tree_unflatten(leaves, spec), target, clean=True)
+        losses = per_sample(tree_unflatten(leaves, spec), target, samples=samples, clean=True)
         captured = losses.is_cuda and torch.cuda.is_current_stream_capturing()
         first = not (per_sample.looked or losses.is_meta or captured)
         e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=first or more or per_sample.coupled)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
-from fbkernels._tree import flatten, unflatten
+from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
 from fbkernels.stream.differences import drawn_again, generators
@@ -195,7 +195,7 @@ def given(step: Step, output: Any) -> list[int] | None:
     """Which of the network's outputs these are; None where one is not, or there is none."""
     chosen: list[int] = []
     for t in flatten(output)[0]:
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or not differs(t):
             continue
         i = next((i for i, own in enumerate(step.outputs) if same(t, own)), None)
         if i is None:
@@ -316,7 +316,7 @@ def signals(
     drawn = None
     if not (per_sample.plain or per_sample.random is False or torch.compiler.is_compiling() or capturing(y)):
         drawn = generators(y.device)
-    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
     if drawn is not None:
         pairs = zip(drawn, generators(y.device), strict=True)
         per_sample.random = bool(per_sample.random) or any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
@@ -327,7 +327,8 @@ def signals(
         dL = torch.zeros_like(sample[:n])
         if moves:
             leaves, spec = flatten(output)
-            at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+            at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and differs(t)]
+            beside = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and not differs(t)]
             ds = [
                 torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
@@ -340,14 +341,18 @@ def signals(
                     for i, t in zip(at, moved_leaves, strict=True):
                         leaves[i] = t
                     with drawn_again(drawn, y.device):
-                        drawn_alike.append(samplewise(step, layouts[0], per_sample(unflatten(leaves, spec), target))[:n])
+                        drawn_alike.append(
+                            samplewise(step, layouts[0], per_sample(unflatten(leaves, spec), target, samples=step.samples))[:n]
+                        )
                 L = torch.cat(drawn_alike)
             else:
                 for i, d in zip(at, ds, strict=True):
                     leaves[i] = step.rows(leaves[i].detach()).double() + d
+                for i in beside:
+                    leaves[i] = step.rows(leaves[i])
                 targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
                 whole = target if isinstance(target, Tensor) else None
-                L = per_sample(unflatten(leaves, spec), targets, whole)
+                L = per_sample(unflatten(leaves, spec), targets, whole, samples=n * (1 + step.antithetic))
             if step.antithetic:
                 dL = (L[:n] - L[n:]) / 2
                 dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)

@@ -25,6 +25,15 @@ class Sent:
         self.gradients: list[Tensor] = []  # direct: the last that a backward pass gave them
 
 
+def once() -> None:
+    """Refuse a second derivative: once_differentiable asks c alone, which is a constant here."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "learned feedback cannot be differentiated twice: leave out create_graph=True, and with it the penalty or the residual of a "
+            "gradient"
+        )
+
+
 class Deliver(torch.autograd.Function):
     """Losses whose backward hands c e to the outputs and c r B_l^T to each h_l, c the weight of a loss in what is differentiated (SPEC 3).
 
@@ -59,8 +68,7 @@ class Deliver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
-            raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
+        once()
         basis, *rest = ctx.saved_tensors
         e, rest = rest[: ctx.outputs], rest[ctx.outputs :]
         feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
@@ -297,8 +305,8 @@ class Transport(torch.autograd.Function):
         return connection.forward(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> Any:
+        once()
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
         if ctx.errors is not None:

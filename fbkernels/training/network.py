@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
-from fbkernels._tree import flatten, tensors, unflatten
+from fbkernels._tree import differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, keeps, names_of, place, untouched
 from fbkernels.rules.base import Gain, Measurement, Rule
@@ -199,6 +199,13 @@ class Network(Stateful):
             try:
                 with shown(recorder), given(recorder.checkpoint), recorder:
                     output = self.plain(root, args, kwargs)
+            except Exception as e:
+                if type(e).__module__.startswith("torch._dynamo"):
+                    raise TypeError(
+                        "a function inside the model is compiled by torch.compile, which hides its calls: call it uncompiled, and compile "
+                        "the converted network"
+                    ) from e
+                raise
             finally:
                 self.running = ()
             kept = {} if settings.layerwise else keeps(root, recorder.known)
@@ -207,7 +214,7 @@ class Network(Stateful):
                 self.plain(root, args, kwargs)
                 with_gradient = keeps(root, lambda t: 1 if t.requires_grad else None)
             kept = {k: v for k, v in kept.items() if k in with_gradient}
-        outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
+        outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
@@ -307,7 +314,7 @@ class Network(Stateful):
         leaves, spec = flatten(output)
         twice = [t for i, t in enumerate(leaves) if isinstance(t, Tensor) and any(t is o for o in leaves[:i])]  # with a gradient for each
         for i, t in enumerate(leaves):
-            if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None:
+            if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None or not differs(t):
                 continue
             if mark[3] is not None:
                 mode.realise(t)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fbkernels._tree import flatten, tensors
+from fbkernels._tree import differs, flatten, tensors
 from fbkernels.layout import Rows
 from fbkernels.placement import Placement, Recorder, untouched
 from fbkernels.stream.chain import Chain, Waiting
@@ -67,6 +67,8 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     placement.argument = recorder.first_input()
     x = given[placement.argument]
     placement.settled = True
+    if x.layout != torch.strided:
+        raise TypeError(f"a converted network needs a dense batch, got one of layout {x.layout}: pass x.to_dense()")
     if x.is_meta:  # which has no values that could show it
         return
     outside: list[tuple[int, ...]] = []
@@ -106,7 +108,7 @@ def _run(
             output = network.plain(root, args, kwargs)
     finally:
         network.running = ()
-    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor)]
+    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
     return probe, [(t, mode.d(t)) for t in leaves if mode.mark(t) is not None]
 
 

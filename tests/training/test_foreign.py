@@ -447,3 +447,62 @@ def test_a_layerwise_generator_learns_from_another_network_s_loss() -> None:
     mirror = fb.convert(mlp(), feedback="layerwise", rule=fb.WeightMirror())
     with pytest.warns(UserWarning, match="a loss that is no PerturbedLoss, so B learns nothing"):
         mirror(X).sum().backward()
+
+
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.Joint(), fb.WeightTransport()], ids=repr)
+def test_a_choice_and_a_mask_beside_logits(rule: fb.Rule) -> None:
+    def chosen(net: Net, x: Tensor) -> dict[str, Tensor]:
+        out = net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))
+        return {"sure": out.amax(1) > 0, "pred": out.argmax(1), "logits": out}
+
+    def criterion(out: dict[str, Tensor], y: Tensor) -> Tensor:
+        assert out["pred"].dtype == torch.int64 and out["sure"].dtype == torch.bool
+        return F.cross_entropy(out["logits"], y, reduction="none")
+
+    plain, transport = made(chosen), isinstance(rule, fb.WeightTransport)
+    for options in ({}, {"antithetic": True, "fraction": 0.5}) if isinstance(rule, fb.Joint) else ({},):
+        net = fb.convert(plain, feedback="layerwise" if transport else "direct", rule=rule, **options)
+        got = gradients(net, fb.PerturbedLoss(criterion, net)(net(X), Y).mean())
+        want = gradients(plain, criterion(plain(X), Y).mean())
+        equal(got, {n: g for n, g in want.items() if transport or n.startswith("o.")})
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_ctc_of_time_first_outputs(feedback: str) -> None:
+    """A loss for each sample of an output [T, N, C]."""
+    x, y, sizes = torch.randn(9, 6, 8, dtype=torch.float64), torch.randint(1, 4, (6, 3)), torch.full((6,), 9)
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        n = len(y)
+        return F.ctc_loss(out.log_softmax(2), y, sizes[:n], torch.full((n,), 3), reduction="none")
+
+    pointwise = fb.convert(made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))), feedback=feedback, rule=fb.LMS(1e-3))
+    with pytest.raises(ValueError, match=r"got shape .6,. for 9 samples: .* samples come first in what the network takes, not time"):
+        fb.PerturbedLoss(criterion, pointwise)(pointwise(x), y)
+    plain = made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x)).cumsum(0)))))  # which mixes times, so that these are no samples
+    net = fb.convert(plain, feedback=feedback, rule=fb.LMS(1e-3))
+    loss, c = fb.PerturbedLoss(criterion, net), torch.arange(6.0)
+    for _ in range(2):
+        got = gradients(net, (loss(net(x), y) * c).sum())["o.weight"]
+        torch.testing.assert_close(got, gradients(plain, (criterion(plain(x), y) * c).sum())["o.weight"])
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_second_derivative_is_refused(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
+    loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: leave out create_graph=True"):
+        torch.autograd.grad(loss, [*net.parameters()], create_graph=True)
+
+
+def test_a_sparse_batch_is_refused() -> None:
+    net = fb.convert(made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(torch.sparse.mm(x, net.a.weight.t())))))), rule=fb.Fixed())
+    with pytest.raises(TypeError, match=r"needs a dense batch, got one of layout torch.sparse_coo: pass x.to_dense\(\)"):
+        net(X.to_sparse())
+
+
+def test_a_compiled_function_inside_is_refused() -> None:
+    act = torch.compile(lambda h: h * torch.sigmoid(h), backend="eager")
+    net = fb.convert(made(lambda net, x: net.o(act(net.b(act(net.a(x)))))), rule=fb.Fixed())
+    with pytest.raises(TypeError, match=r"a function inside the model is compiled by torch\.compile, which hides its calls"):
+        net(X)
