@@ -31,7 +31,8 @@ def unflatten(leaves: list[Any], spec: Any) -> Any:
 
 def where(x: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Where:
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    (given, first, *rest), _ = next(found for found in tree_flatten_with_path((args, kwargs))[0] if found[1] is x)
+    way: Any = next(way for way, found in tree_flatten_with_path((args, kwargs))[0] if found is x)
+    given, first, *rest = way
     if given.idx == 0:
         return first.idx, names[first.idx] if first.idx < len(names) else "", tuple(rest)
     return names.index(first.key) if first.key in names else sys.maxsize, first.key, tuple(rest)
@@ -47,3 +48,8 @@ def at(place: Where, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | 
     except (LookupError, TypeError, AttributeError):
         return None
     return value if isinstance(value, Tensor) and value.ndim else None
+
+
+def differs(t: Tensor) -> bool:
+    """Whether a gradient can reach it: no choice or mask that stands beside logits."""
+    return t.is_floating_point() or t.is_complex()

@@ -9,12 +9,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from fbkernels._tree import differs
 
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -47,6 +50,10 @@ class PerSample:
         self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
         self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
         self.compared = 0
+        self.random: bool | None = None  # whether it draws random numbers; None: not known yet
+        self.looked = False  # at its graph, which has shown:
+        self.coupled = False  # a sample's loss depends on the outputs of others
+        self.others = False  # a gradient goes to more than the output: a target, weights of the loss
 
     @property
     def reduction(self) -> str:
@@ -59,15 +66,17 @@ class PerSample:
         c = self.criterion
         return self.stock and (not self.module or (c.weight is None and c.label_smoothing == 0.0 and c.ignore_index == -100))
 
-    def __call__(self, output: Any, target: Any, whole: Any = None, *, clean: bool = False) -> Tensor:
-        """A loss for each row of the output, such that their mean, or sum, is the criterion's value; ``whole``: the target of the whole
-        batch; ``clean``: what the criterion changes of itself waits for ``advance``."""
-        logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+    def __call__(self, output: Any, target: Any, whole: Any = None, *, samples: int = -1, clean: bool = False) -> Tensor:
+        """A loss for each row of the output, or each of ``samples``, such that their mean, or sum, is the criterion's value; ``whole``: the
+        target of the whole batch; ``clean``: what the criterion changes of itself waits for ``advance``."""
+        logits: Tensor = next(t for t in tree_leaves(output) if isinstance(t, Tensor) and differs(t))
         losses = self._run(output, target, "none", clean)
-        if losses.ndim == 0 or len(losses) != len(logits):
+        if losses.ndim == 0 or len(losses) not in (len(logits), samples):
             raise ValueError(
-                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits)} samples: "
-                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample"
+                f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits) if samples < 0 else samples} "
+                "samples: "
+                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample; samples come first in "
+                "what the network takes, not time"
             )
         if self.reduction == "none" and losses.ndim > 1:
             raise ValueError(
@@ -144,7 +153,7 @@ class PerSample:
                 own = float(self._run(output, target, self.reduction))
             if again:  # a random criterion has drawn other numbers
                 with torch.random.fork_rng(devices):
-                    losses = self(output, target)
+                    losses = self(output, target, samples=len(losses))
             ours = float(self.reduce(losses))
             if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
                 return
@@ -215,27 +224,83 @@ def _state(place: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in place.items() if k not in _INTERNAL}
 
 
-def error(per_sample: PerSample, output: Any, target: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+@dataclass(frozen=True)
+class Weighted:
+    """The gradient of ``(c * losses).sum()``, c the weight of each loss, where ``c * e`` is not all of it."""
+
+    losses: Tensor
+    z: tuple[Tensor, ...]
+    others: tuple[Tensor, ...]
+    coupled: bool
+
+    def __call__(self, c: Tensor) -> list[Tensor]:
+        """By the tensors of the output, and by the others."""
+        to = (*self.z, *self.others)
+        gradients = torch.autograd.grad(self.losses, to, c.to(self.losses.dtype), retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(gradients, to, strict=True)]
+
+
+def others(losses: Tensor, z: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the losses send a gradient to, beside z."""
+    found: dict[int, Tensor] = {}
+    todo, seen = [losses.grad_fn], set[Any]()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions]
+        t = getattr(node, "variable", None)
+        if isinstance(t, Tensor) and all(t is not own for own in z):
+            found[id(t)] = t
+    return tuple(found.values())
+
+
+def couples(losses: Tensor, z: list[Tensor], e: tuple[Tensor | None, ...]) -> bool:
+    """Whether a loss depends on rows of the output that are another's."""
+    c = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
+    for g, own in zip(torch.autograd.grad(losses, z, c, retain_graph=True, allow_unused=True), e, strict=True):
+        if g is not None and own is not None and g.numel() and len(own) == len(c):
+            want = own * c.view(-1, *[1] * (own.ndim - 1))
+            if not torch.allclose(g, want, rtol=1e-6, atol=1e-6 * float(want.nan_to_num(0.0, 0.0, 0.0).abs().max()), equal_nan=True):
+                return True
+    return False
+
+
+def error(per_sample: PerSample, output: Any, target: Any, samples: int = -1) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
     """A loss for each row, and e = dL/doutput in the shape of each tensor of the output, all float64."""
-    leaves, spec = tree_flatten(tree_map_only(Tensor, torch.Tensor.double, output))
+    leaves, spec = tree_flatten(tree_map_only(Tensor, lambda t: t.double() if differs(t) else t, output))
     at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
+    more = per_sample.others or (isinstance(target, Tensor) and target.requires_grad)
     if torch.compiler.is_compiling():  # Dynamo traces torch.func.grad, and torch.autograd.grad only behind a switch
+        if more or per_sample.coupled:
+            raise RuntimeError(
+                "a loss that gives gradients to more than the output, or whose samples depend on each other, cannot be compiled: "
+                "leave torch.compile out"
+            )
 
         def total(*z: Tensor) -> tuple[Tensor, Tensor]:
             filled = list(leaves)
             for i, t in zip(at, z, strict=True):
                 filled[i] = t
-            losses = per_sample(tree_unflatten(filled, spec), target)
+            losses = per_sample(tree_unflatten(filled, spec), target, samples=samples)
             return losses.sum(), losses
 
         e, losses = torch.func.grad(total, argnums=tuple(range(len(at))), has_aux=True)(*(leaves[i] for i in at))
-        return losses, tuple(e)
+        return losses, tuple(e), None
     with torch.enable_grad():
         z = [leaves[i].detach().requires_grad_() for i in at]
         for i, t in zip(at, z, strict=True):
             leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
-        losses = per_sample(tree_unflatten(leaves, spec), target, clean=True)
-        e = torch.autograd.grad(losses.sum(), z, allow_unused=True)
+        losses = per_sample(tree_unflatten(leaves, spec), target, samples=samples, clean=True)
+        captured = losses.is_cuda and torch.cuda.is_current_stream_capturing()
+        first = not (per_sample.looked or losses.is_meta or captured)
+        e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=first or more or per_sample.coupled)
+        beside = others(losses, z) if first or more else ()
+        if first:
+            per_sample.looked, per_sample.others = len(losses) > 1, bool(beside)
+            per_sample.coupled = not per_sample.plain and couples(losses, z, e)
+        weighted = Weighted(losses, tuple(z), beside, per_sample.coupled) if beside or per_sample.coupled else None
     with torch.no_grad():
         per_sample.compare(tree_unflatten([t.detach() if isinstance(t, Tensor) else t for t in leaves], spec), target, losses)
-    return losses.detach(), tuple(torch.zeros_like(t) if g is None else g for g, t in zip(e, z, strict=True))
+    return losses.detach(), tuple(torch.zeros_like(t) if g is None else g for g, t in zip(e, z, strict=True)), weighted

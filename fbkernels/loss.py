@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
-from fbkernels._tree import flatten, unflatten
+from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
+from fbkernels.stream.differences import drawn_again, generators
 from fbkernels.training.autograd import Deliver
-from fbkernels.training.network import Network
+from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
 from fbkernels.training.step import Step
 
@@ -110,7 +114,10 @@ class PerturbedLoss(nn.Module):
         network = root.feedback
         assert isinstance(network, Network)
         if not root.training or not torch.is_grad_enabled():
-            return self.criterion(output, target)
+            plain: Tensor = self.criterion(output, target)
+            if plain.requires_grad and not (network.told or torch.compiler.is_compiling()):
+                plain.register_hook(functools.partial(backprops, weakref.ref(network)))
+            return plain
         if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule
@@ -172,13 +179,27 @@ class PerturbedLoss(nn.Module):
         return self.per_sample.reduce(out), learns
 
 
+def backprops(owner: weakref.ref[Network], _: Tensor) -> None:
+    """A loss in eval mode is differentiated."""
+    network = owner()
+    if network is not None and not network.told:
+        network.told = True
+        warnings.warn(
+            "the network is in eval mode, where gradients are backprop's: call net.train(), and then .eval() of the norms or dropouts that "
+            "are to stay as they are",
+            stacklevel=2,
+        )
+
+
 def given(step: Step, output: Any) -> list[int] | None:
     """Which of the network's outputs these are; None where one is not, or there is none."""
     chosen: list[int] = []
     for t in flatten(output)[0]:
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or not differs(t):
             continue
-        i = next((i for i, own in enumerate(step.outputs) if same(t, own) or followed(step, i, t)), None)
+        i = next((i for i, own in enumerate(step.outputs) if same(t, own)), None)
+        if i is None:
+            i = next((i for i in range(len(step.outputs)) if followed(step, i, t)), None)
         if i is None:
             return None
         step.own = step.own and t is step.outputs[i]
@@ -292,7 +313,13 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
-    losses, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
+    drawn = None
+    if not (per_sample.plain or per_sample.random is False or torch.compiler.is_compiling() or capturing(y)):
+        drawn = generators(y.device)
+    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
+    if drawn is not None:
+        pairs = zip(drawn, generators(y.device), strict=True)
+        per_sample.random = bool(per_sample.random) or any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
         dy = torch.cat(sides, 1) * 0
@@ -300,17 +327,32 @@ def signals(
         dL = torch.zeros_like(sample[:n])
         if moves:
             leaves, spec = flatten(output)
-            at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+            at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and differs(t)]
+            beside = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and not differs(t)]
             ds = [
                 torch.zeros_like(step.rows(own), dtype=torch.float64) if d is None else d.double()
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
             ]
-            for i, d in zip(at, ds, strict=True):
-                leaves[i] = step.rows(leaves[i].detach()).double() + d
             rows = len(y)
-            targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
-            whole = target if isinstance(target, Tensor) else None
-            L = per_sample(unflatten(leaves, spec), targets, whole)
+            if per_sample.random:  # the same numbers for each row
+                sides_of = [step.sides(leaves[i].detach().double(), d) for i, d in zip(at, ds, strict=True)]
+                drawn_alike = []
+                for moved_leaves in zip(*sides_of, strict=True):
+                    for i, t in zip(at, moved_leaves, strict=True):
+                        leaves[i] = t
+                    with drawn_again(drawn, y.device):
+                        drawn_alike.append(
+                            samplewise(step, layouts[0], per_sample(unflatten(leaves, spec), target, samples=step.samples))[:n]
+                        )
+                L = torch.cat(drawn_alike)
+            else:
+                for i, d in zip(at, ds, strict=True):
+                    leaves[i] = step.rows(leaves[i].detach()).double() + d
+                for i in beside:
+                    leaves[i] = step.rows(leaves[i])
+                targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
+                whole = target if isinstance(target, Tensor) else None
+                L = per_sample(unflatten(leaves, spec), targets, whole, samples=n * (1 + step.antithetic))
             if step.antithetic:
                 dL = (L[:n] - L[n:]) / 2
                 dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)
@@ -339,6 +381,7 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
     outputs = [step.outputs[i] for i in chosen]
     feedback: tuple[Tensor, ...] = ()
     activities: tuple[Tensor, ...] = ()
+    weighted, step.weighted = step.weighted, None
     if settings.rule.private:
         padding = step.samples - m.rows
         given = [settings.rule.gradients(point, m) for point in points]
@@ -364,7 +407,9 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
         step.record(m),
         step.sent if step.own and not (settings.layerwise or torch.compiler.is_compiling()) else None,
         anchor,
+        weighted,
         *outputs,
         *activities,
+        *(() if weighted is None else weighted.others),
     )
     return out

@@ -117,8 +117,8 @@ def _gradients(
         h.retain_grad()
     chosen = list(range(len(step.outputs)))
     if exact:
-        _, e = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target)
-        per_sample(output, target).sum().backward()
+        _, e, _ = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
+        per_sample(output, target, samples=step.samples).sum().backward()
     else:
         losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
         attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward()

@@ -40,6 +40,7 @@ class Placement:
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
     asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
+    kept: tuple[tuple[str, str], ...] = ()  # direct: module and attribute of what the model keeps behind a point, with a gradient
     own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
 
     @property
@@ -73,7 +74,7 @@ class Call:
     @property
     def cut(self) -> bool:
         """Whether no gradient passes."""
-        return self.func is not None and name_of(self.func) in ("detach", "detach_")
+        return self.func is not None and name_of(self.func) in ("detach", "detach_", "bernoulli")
 
 
 _ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -262,7 +263,14 @@ def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:
 
 
 def place(
-    recorder: Recorder, outputs: list[Tensor], *, found: bool, hidden: Callable[[str], bool], layerwise: bool, alone: bool
+    recorder: Recorder,
+    outputs: list[Tensor],
+    *,
+    found: bool,
+    hidden: Callable[[str], bool],
+    layerwise: bool,
+    alone: bool,
+    kept: Mapping[tuple[str, str], list[int]],
 ) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
     ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
@@ -305,6 +313,7 @@ def place(
             cut.update(c.outs)
     placement.asked = not cut.isdisjoint(recorder.asked)
     placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
+    placement.kept = tuple(k for k, values in kept.items() if any(not graph.before_of(v).isdisjoint(ends) for v in values))
     return placement
 
 
@@ -325,7 +334,7 @@ class _Graph:
     def __init__(self, recorder: Recorder, outputs: list[Tensor]) -> None:
         ends = [v for t in outputs if (v := recorder.known(t)) is not None]
         self.made = {v: c for c in recorder.calls for v in c.outs}
-        self.ends, self.before = set(ends), [self._before(v) for v in ends]
+        self.ends, self.before = set(ends), [self.before_of(v) for v in ends]
         self.live = set[int]().union(*self.before)
         running = [c for c in recorder.calls if any(v in self.live for v in c.outs)]
         self.readers: dict[int, list[Call]] = collections.defaultdict(list)
@@ -346,7 +355,7 @@ class _Graph:
             if c.weighted or any(v in self.weighted for v in c.outs):
                 self.weighted.update(c.ins)
 
-    def _before(self, end: int) -> set[int]:
+    def before_of(self, end: int) -> set[int]:
         """What an output depends on."""
         found, todo = set[int](), [end]
         while todo:
@@ -416,3 +425,18 @@ def _reads(
     placement.points = tuple(claimed)
     placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
     return placement
+
+
+def keeps(net: nn.Module, known: Callable[[Any], int | None]) -> dict[tuple[str, str], list[int]]:
+    """By module and attribute, what ``known`` says of the tensors that the modules keep in their own attributes."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for name, m in net.named_modules():
+        for k, v in m.__dict__.items():
+            if k not in _INTERNAL and isinstance(v, (Tensor, list, tuple, dict)):
+                values = [i for t in tree_leaves(v) if isinstance(t, Tensor) and (i := known(t)) is not None]
+                if values:
+                    found[name, k] = values
+    return found
+
+
+_INTERNAL = frozenset(vars(nn.Module()))

@@ -35,7 +35,11 @@ def linear(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) ->
     with torch.no_grad():
         e = func(d, *(_fit(name, args, d) if mode.site.partial() else args[1:]), **kwargs)  # before an in-place form changes the shape
     out = func(*args, **kwargs)
-    return out, list(e) if isinstance(e, (tuple, list)) else e
+    if isinstance(e, (tuple, list)):
+        if len(e) != len(out):
+            raise ValueError(f"{name} splits the batch, which fraction and antithetic cannot follow: use fraction=1 and antithetic=False")
+        return out, list(e)
+    return out, e
 
 
 def _fit(name: str, args: Args, d: Any) -> Args:
@@ -250,7 +254,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     written = in_place(name, args, kwargs)
     target = (kwargs.get("out") if kwargs.get("out") is not None else args[0]) if written else None
     own = isinstance(target, Tensor) and mode.belongs(target)
-    if own:
+    if own or (name.startswith("bernoulli") and torch.compiler.is_compiling()):  # a trace draws once
         return func(*args, **kwargs), None
     aligned = samples = 0
     if mode.site.partial() and name.strip("_") in _ALIGNED:
@@ -263,7 +267,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         marked = mode.mark(t) is not None
         beside = not marked and aligned and 1 < t.ndim == aligned and 1 < len(t) == samples  # made for each sample of the batch
         p = mode.moved(t) if marked and moved else mode.site.rows(t.detach(), mode.d(t)) if marked or beside else t.detach()
-        if p.data_ptr() == t.data_ptr() if not torch.compiler.is_compiling() else p is t:
+        if p is t or not (torch.compiler.is_compiling() or t.layout != torch.strided or p.data_ptr() != t.data_ptr()):
             kept = t is target or id(t) in mode.buffers
             p = p.clone() if kept else p
         if low and p.is_floating_point():
@@ -275,15 +279,28 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         hargs, hkwargs = (_map(args, other, False), _map(kwargs, other, False)) if low else ((), {})
     random = mode.site.random is not None and func in mode.site.random if not torch.compiler.is_compiling() else False
     device = next((t.device for t in _leaves(args) if isinstance(t, Tensor)), None)
-    drawn = _generators(device) if random else None
+    drawn = generators(device) if random else None
     out = func(*args, **kwargs)
     result = args[0] if name == "__setitem__" else out
     tensors = _leaves(result)
     if not any(isinstance(t, Tensor) for t in tensors):
         return out, None
-    with torch.no_grad(), _exact(tensors[0] if low else None), _drawn_again(drawn, device):
-        other_out = func(*pargs, **pkwargs)
-        base = func(*hargs, **hkwargs) if low else out
+    with torch.no_grad(), _exact(tensors[0] if low else None):
+        with drawn_again(drawn, device):
+            try:
+                other_out = func(*pargs, **pkwargs)
+            except RuntimeError as e:
+                if not mode.site.partial() or isinstance(e, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(
+                    f"{name} takes a tensor with a row for each sample that is no activity, which fraction and antithetic cannot follow: "
+                    "use fraction=1 and antithetic=False"
+                ) from e
+        with drawn_again(drawn, device):
+            base = func(*hargs, **hkwargs) if low else out
+        if random and mode.site.partial():
+            other_out = _drawn_alike(mode, func, args, kwargs, drawn, device, other_out, low, True)
+            base = _drawn_alike(mode, func, args, kwargs, drawn, device, base, low, False) if low else out
     if name == "__setitem__":
         other_out, base = pargs[0], hargs[0] if low else result  # type: ignore[misc]
     with torch.no_grad():
@@ -291,6 +308,27 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         if written and isinstance(target, Tensor) and isinstance(d, Tensor) and _is_view(target):
             d = _through(mode, target, d)
     return out, d
+
+
+def _drawn_alike(mode: Streams, func: Any, args: Args, kwargs: Kwargs, drawn: Any, device: Any, like: Any, low: bool, moved: bool) -> Any:
+    """f(h + d), or f(h), of the rows that have a difference, in the shape of ``like``: another number of rows would draw other numbers."""
+
+    def whole(t: Tensor, sign: int) -> Tensor:
+        d = mode.d(t) if moved else None
+        h = t.detach() if mode.mark(t) is None else t.detach().clone() if d is None else mode.site.sides(t.detach(), d)[sign]
+        return h.float() if low and h.is_floating_point() else h
+
+    results = []
+    for sign in range(1 + mode.site.antithetic):
+        with drawn_again(drawn, device):
+            results.append(func(*_map(args, whole, sign), **_map(kwargs, whole, sign)))
+
+    def joined(parts: Any, like: Any) -> Any:
+        if isinstance(like, Tensor):
+            return mode.site.joined(parts, like)
+        return [joined(p, t) for p, t in zip(zip(*parts, strict=True), like, strict=True)] if isinstance(like, (list, tuple)) else like
+
+    return joined(results, like)
 
 
 def _difference(mode: Streams, p: Any, h: Any, out: Any, low: bool) -> Any:
@@ -334,18 +372,18 @@ def _exact(x: Tensor | None) -> Iterator[None]:
         yield
 
 
-def _generators(device: torch.device | None) -> tuple[Tensor, Tensor | None]:
+def generators(device: torch.device | None) -> tuple[Tensor, Tensor | None]:
     if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph cannot hold a function that draws random numbers, dropout apart: take it out of the model")
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
 
 
 @contextlib.contextmanager
-def _drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.device | None) -> Iterator[None]:
+def drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.device | None) -> Iterator[None]:
     if drawn is None:
         yield
         return
-    now = _generators(device)
+    now = generators(device)
     _set_generators(drawn, device)
     try:
         yield
@@ -367,7 +405,7 @@ def _float(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
-def _map(tree: Any, f: Any, flag: bool) -> Any:
+def _map(tree: Any, f: Any, flag: int) -> Any:
     if isinstance(tree, Tensor):
         return f(tree, flag)
     if type(tree) in (list, tuple):

@@ -54,7 +54,7 @@ _LINEAR = """
 """
 _ELEMENTWISE = "exp sqrt rsqrt square abs log softmax log_softmax max_pool2d layer_norm group_norm rms_norm"
 # fmt: on
-MADE = ("new_", "rand", "bernoulli", "empty", "zeros", "ones", "full", "arange", "eye", "tensor", "as_tensor", "scalar_tensor")
+MADE = ("new_", "rand", "empty", "zeros", "ones", "full", "arange", "eye", "tensor", "as_tensor", "scalar_tensor")
 # where the position of ``inplace`` is, of functions that take it so
 _INPLACE = {
     "relu": 1, "relu6": 1, "elu": 2, "leaky_relu": 2, "hardtanh": 3, "dropout": 3, "hardswish": 1, "silu": 1, "hardsigmoid": 1, "mish": 1,

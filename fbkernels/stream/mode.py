@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Site(Protocol):
     """What a step does where a layer or a point is."""
 
     samples: int  # of the batch
+    antithetic: bool  # each difference has both signs
     constant: bool  # parameters are constants: warm-up
     random: frozenset[Any]  # functions that draw random numbers
     rows_first: bool  # the plain model's maps are not channels-last as those of blocks are
@@ -40,6 +41,12 @@ class Site(Protocol):
 
     def partial(self) -> bool:
         """Whether these are not all."""
+
+    def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
+        """The whole batch of a clean activity with its difference, once for each sign."""
+
+    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Of results for each side the rows that have a difference, in the shape of ``like``."""
 
     def written(self, h: Tensor) -> None:
         """What follows a point is about to write into its activity."""
@@ -153,8 +160,8 @@ class Streams(TorchFunctionMode):
             self.site.written(before)
 
         name = name_of(func) if self.site.rows_first and args and marked[0][0] is args[0] else ""
-        # torch's backward of a group norm crashes on channels-last maps that need no gradient
-        if name in ("view", "group_norm") and (x := self.plain(args[0])) is not args[0]:
+        # torch's backward of a group norm crashes on channels-last maps that need no gradient, and draws follow the memory format
+        if name in ("view", "group_norm", "bernoulli") and (x := self.plain(args[0])) is not args[0]:
             d = self.d(args[0])
             self.put(x, None if d is None else d.contiguous(), first[2])
             args, marked = (x, *args[1:]), [(x, self.mark(x))]  # type: ignore[list-item]
@@ -221,7 +228,7 @@ class Streams(TorchFunctionMode):
                     self.put(out, d)
         elif isinstance(out, (list, tuple)):
             for o, e in zip(out, d if isinstance(d, (list, tuple)) else [None] * len(out), strict=True):
-                if isinstance(o, Tensor) and o.is_floating_point():
+                if isinstance(o, Tensor) and (e is not None or o.is_floating_point()):  # what sort chooses is the noisy stream's own
                     self.put(o, e)
                 elif isinstance(o, (list, tuple)):
                     self._tag(func, o, e, ())
@@ -382,15 +389,18 @@ class Streams(TorchFunctionMode):
             y, d = self._both(kind_of(func), func, (y, *args), kwargs, [(y, mark)])
         return y, d
 
-    def finish(self) -> None:
-        """Give the tensors that somebody has kept their values: a module's own attribute, a hook's list."""
+    def finish(self) -> list[tuple[str, Tensor]]:
+        """Give the tensors that somebody has kept their values: a module's own attribute, a hook's list. They have no graph."""
+        kept = []
         for reference, waiting in self.waiting:
             t = reference()
             if t is not None:
                 mark = self.mark(t)
                 y = mark[4] if mark is not None and mark[4] is not None else waiting.clean()
                 t.data = y.detach()
+                kept.append((waiting.chain.layer or waiting.chain.point, t))
         self.waiting = []
+        return kept
 
 
 class _Modes(threading.local):

@@ -25,12 +25,22 @@ class Sent:
         self.gradients: list[Tensor] = []  # direct: the last that a backward pass gave them
 
 
+def once() -> None:
+    """Refuse a second derivative: once_differentiable asks c alone, which is a constant here."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "learned feedback cannot be differentiated twice: leave out create_graph=True, and with it the penalty or the residual of a "
+            "gradient"
+        )
+
+
 class Deliver(torch.autograd.Function):
     """Losses whose backward hands c e to the outputs and c r B_l^T to each h_l, c the weight of a loss in what is differentiated (SPEC 3).
 
     losses [N], or one for each row of the first output; e: dL/doutput in the shape of each output; r [N, m] is e of all outputs side by
     side, or with ``basis`` C [outputs, m] e C. ``feedback`` holds a B_l [units, m] for each activity; or with ``given`` the gradients
-    dL/dh_l themselves. A fused block gets ``(c r B_l^T) * phi'``. ``layouts``: of the outputs and the activities.
+    dL/dh_l themselves. ``weighted``: given c the gradients of all that the losses depend on, where
+    c e is not all. A fused block gets ``(c r B_l^T) * phi'``. ``layouts``: of the outputs and the activities.
     """
 
     @staticmethod
@@ -46,24 +56,35 @@ class Deliver(torch.autograd.Function):
         record: Callable[[Tensor], None] | None,
         sent: Sent | None,
         anchor: Tensor | None,
+        weighted: Any,
         *ends: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(basis, *e, *feedback, *(t for block in blocks if block is not None for t in block[1:]))
         ctx.behind = [None if block is None else block[0] for block in blocks]
         ctx.outputs, ctx.given, ctx.record, ctx.sent, ctx.layouts = len(e), given, record, sent, layouts
         ctx.like = [(h.shape, h.dtype) for h in ends]
+        ctx.weighted = weighted
         return losses.clone()
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # once_differentiable asks c alone, which is a constant here
-            raise RuntimeError("learned feedback cannot be differentiated twice: leave out create_graph=True")
+        once()
         basis, *rest = ctx.saved_tensors
         e, rest = rest[: ctx.outputs], rest[ctx.outputs :]
         feedback, kept = rest[: len(ctx.behind)], iter(rest[len(ctx.behind) :])
         grads, sides = [], []
-        for t, layout, (shape, dtype) in zip(e, ctx.layouts, ctx.like, strict=False):
-            if layout.plain or c.shape[0] != t.shape[0]:
+        exact = None if ctx.weighted is None else ctx.weighted(c)
+        if exact is not None and ctx.weighted.coupled and ctx.record is not None and bool((c != c[:1]).any()):
+            raise RuntimeError(
+                "losses that depend on the outputs of other samples need equal weights where B learns from errors of layers: average "
+                "them, or use feedback='direct'"
+            )
+        for i, (t, layout, (shape, dtype)) in enumerate(zip(e, ctx.layouts, ctx.like, strict=False)):
+            if exact is not None:
+                n = c.shape[0] if layout.plain or c.shape[0] != t.shape[0] else c.shape[0] // layout.copies
+                side = layout.units_of(exact[i], n)
+                grads.append(exact[i].view(shape).to(dtype))
+            elif layout.plain or c.shape[0] != t.shape[0]:
                 n = c.shape[0]
                 side = c.to(t.dtype)[:, None] * layout.units_of(t, n)
                 grads.append(layout.activity(side).view(shape).to(dtype))
@@ -78,7 +99,8 @@ class Deliver(torch.autograd.Function):
         if ctx.sent is not None:
             ctx.sent.gradients = [*grads]
         cr = ce if basis is None else ce @ basis.to(ce.dtype)
-        layouts, like = ctx.layouts[ctx.outputs :], ctx.like[ctx.outputs :]
+        layouts = ctx.layouts[ctx.outputs :]
+        like = ctx.like[ctx.outputs : len(ctx.layouts)]
         for F, behind, layout, (shape, dtype) in zip(feedback, ctx.behind, layouts, like, strict=True):
             if behind is not None:
                 grads.append(behind.deliver(cr, F, next(kept), next(kept)))
@@ -88,7 +110,8 @@ class Deliver(torch.autograd.Function):
                 grads.append(layout.scaled(F, own.to(F.dtype)).view(shape).to(dtype))
             else:
                 grads.append(layout.activity(layout.mean(cr.to(F.dtype) @ F.T)).view(shape).to(dtype))
-        return *(None,) * 10, *grads
+        beside = [] if exact is None else exact[ctx.outputs :]
+        return *(None,) * 11, *grads, *(g.to(dtype) for g, (_, dtype) in zip(beside, ctx.like[len(ctx.layouts) :], strict=True))
 
 
 class Reach(torch.autograd.Function):
@@ -282,8 +305,8 @@ class Transport(torch.autograd.Function):
         return connection.forward(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, delta: Tensor) -> Any:
+        once()
         x, weight, B = ctx.saved_tensors
         connection = ctx.connection
         if ctx.errors is not None:

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
-from fbkernels._tree import at, flatten, tensors, unflatten
+from fbkernels._tree import at, differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, names_of, place
+from fbkernels.placement import Placement, Recorder, keeps, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -63,7 +63,7 @@ class Network(Stateful):
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.named = False  # what a warning was given of
+        self.warned = self.unseen = self.named = self.lost = self.told = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -109,8 +109,31 @@ class Network(Stateful):
                 output = self.plain(root, args, kwargs)
         finally:
             self.running = ()
-        mode.finish()
-        return self.end(step, mode, output)
+        for layer, t in mode.finish():
+            if t.requires_grad:
+                t.register_hook(functools.partial(_lost, weakref.ref(self), f"what was kept behind layer {layer!r}"))
+        output = self.end(step, mode, output)
+        if step.placement.kept and not torch.compiler.is_compiling():
+            for name, attribute in step.placement.kept:
+                own = root.get_submodule(name).__dict__
+                own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
+        return output
+
+    def kept(self, mode: Streams, name: str, value: Any) -> Any:
+        """Direct: an attribute that is computed behind a point, whose gradient would be lost without a word."""
+        if type(value) in (list, tuple):
+            told = [self.kept(mode, name, v) for v in value]
+            if isinstance(value, tuple):
+                return tuple(told)
+            value[:] = told
+            return value
+        if type(value) is dict:
+            value.update({k: self.kept(mode, name, v) for k, v in value.items()})
+        if not isinstance(value, Tensor) or mode.mark(value) is None or not value.is_floating_point():
+            return value
+        t = value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+        t.register_hook(functools.partial(_lost, weakref.ref(self), name))
+        return t
 
     def begin(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
         settings, rule = self.settings, self.settings.rule
@@ -174,14 +197,20 @@ class Network(Stateful):
         """Record a forward, place the points, and see which rows are whose; the network is left as it was."""
         settings = self.settings
         names, weights = names_of(root)
-        recorder, output = self._recorded(root, names, args, kwargs)
-        outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor)]
+        recorder, output, kept = self._recorded(root, names, args, kwargs)
+        outputs = [t for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
         for t in outputs:
             recorder.check(t)
         if not any(recorder.known(t) is not None for t in outputs):
             raise TypeError(f"the network's forward must return tensors computed from its input, got {type(output).__name__}")
         placement = place(
-            recorder, outputs, found=settings.found, hidden=self.hidden, layerwise=settings.layerwise, alone=settings.rule.supervised
+            recorder,
+            outputs,
+            found=settings.found,
+            hidden=self.hidden,
+            layerwise=settings.layerwise,
+            alone=settings.rule.supervised,
+            kept=kept,
         )
         placement.names, placement.weights = names, weights
         if placement.own_weights and not self.named:
@@ -198,6 +227,9 @@ class Network(Stateful):
                 "may go another way than the plain model: ask for torch.is_grad_enabled(), or use feedback='layerwise'",
                 stacklevel=5,
             )
+        read = {name for name, _ in placement.reads}
+        if (bad := next((names[id(w)] for w in weights if w.is_complex() and names[id(w)] in read), None)) is not None:
+            raise TypeError(f"layer {bad!r} has complex weights, and layerwise feedback has no complex B: use feedback='direct'")
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:
@@ -208,13 +240,22 @@ class Network(Stateful):
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
         return placement
 
-    def _recorded(self, root: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any]:
+    def _recorded(self, root: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any, Any]:
+        """A recorder that has seen a forward, what that gave, and what the model keeps with a gradient."""
         recorder = Recorder(self, names, tensors(args, kwargs))
         self.running = (recorder,)
         try:
-            with untouched(root, (args, kwargs), self.runs), shown(recorder), given(recorder.checkpoint), recorder:
-                return recorder, self.plain(root, args, kwargs)
-        except Exception:
+            with untouched(root, (args, kwargs), self.runs):
+                with shown(recorder), given(recorder.checkpoint), recorder:
+                    output = self.plain(root, args, kwargs)
+                kept = {} if self.settings.layerwise else keeps(root, lambda t: recorder.known(t) if t.requires_grad else None)
+                return recorder, output, kept
+        except Exception as e:
+            if type(e).__module__.startswith("torch._dynamo"):
+                raise TypeError(
+                    "a function inside the model is compiled by torch.compile, which hides its calls: call it uncompiled, and compile the "
+                    "converted network"
+                ) from e
             if self.watched or not any(m._forward_hooks or m._forward_pre_hooks for m in root.modules()):
                 raise
         finally:
@@ -286,8 +327,9 @@ class Network(Stateful):
     def end(self, step: Step, mode: Streams, output: Any) -> Any:
         """Keeps the differences of the outputs, hands out plain tensors."""
         leaves, spec = flatten(output)
+        twice = [t for i, t in enumerate(leaves) if isinstance(t, Tensor) and any(t is o for o in leaves[:i])]  # with a gradient for each
         for i, t in enumerate(leaves):
-            if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None:
+            if not isinstance(t, Tensor) or (mark := mode.mark(t)) is None or not differs(t):
                 continue
             if mark[3] is not None:
                 mode.realise(t)
@@ -300,7 +342,7 @@ class Network(Stateful):
                 t = h.view_as(h)
             if self.processes is not None and not self.settings.layerwise and not step.outputs:
                 t = Reach.apply(t, *step.activities.values())
-            elif any(t is own for own in step.activities.values()):
+            elif any(t is own for own in step.activities.values()) or any(leaves[i] is o for o in twice):
                 t = t.view_as(t)
             if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
                 # a hook that held the step would keep it for ever: no collector sees the way from a tensor through its hooks
@@ -583,16 +625,31 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _lost(owner: weakref.ref[Network], what: str, _: Tensor) -> None:
+    """The gradient of a tensor that was kept behind a point."""
+    network = owner()
+    if network is not None and not network.lost:
+        network.lost = True
+        warnings.warn(
+            f"{what} is in a loss, and direct feedback sends its gradient to no layer below it: return it from forward, a number for each "
+            "sample, and let the criterion add it, or use feedback='layerwise'",
+            stacklevel=2,
+        )
+
+
 def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:
     """The gradient of an output, which a PerturbedLoss has to send, in direct feedback all of it."""
     network = owner()
     if network is None or network.unseen:
         return
+    if not sent.taken and network.settings.layerwise and not network.settings.rule.adapts:
+        return
     if not sent.taken:
         network.unseen = True
+        what = "B learns nothing" if network.settings.layerwise else "its hidden layers get no learned feedback"
         warnings.warn(
-            "the output of a converted network got its gradient from a loss that is no PerturbedLoss, so its hidden layers get no "
-            "learned feedback: write criterion = fbkernels.PerturbedLoss(criterion, net)",
+            f"the output of a converted network got its gradient from a loss that is no PerturbedLoss, so {what}: write criterion = "
+            "fbkernels.PerturbedLoss(criterion, net)",
             stacklevel=2,
         )
     elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd has added another one

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fbkernels._tree import at, flatten, tensors, where
+from fbkernels._tree import at, differs, flatten, tensors, where
 from fbkernels.layout import Rows
 from fbkernels.placement import Placement, Recorder
 from fbkernels.stream.chain import Chain, Waiting
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Probe:
     """A site without noise and without cuts, that looks at the differences at points."""
 
-    constant = rows_first = False
+    constant = rows_first = antithetic = False
     samples = 0
     fuses: tuple[torch.dtype, ...] = ()
 
@@ -35,6 +36,12 @@ class Probe:
 
     def rows(self, h: Tensor, d: Tensor | None = None) -> Tensor:
         return h
+
+    def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
+        return [h + d]
+
+    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+        return sides[0]
 
     def written(self, h: Tensor) -> None:
         pass
@@ -60,6 +67,8 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
     x = tensors(args, kwargs)[recorder.first_input()]
     placement.argument = where(x, root.forward, args, kwargs)
     placement.settled = True
+    if x.layout != torch.strided:
+        raise TypeError(f"a converted network needs a dense batch, got one of layout {x.layout}: pass x.to_dense()")
     if x.is_meta:  # which has no values that could show it
         return
     outside: list[tuple[int, ...]] = []
@@ -100,7 +109,7 @@ def _run(
             output = network.plain(root, args, kwargs)
     finally:
         network.running = ()
-    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor)]
+    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
     return probe, [(t, mode.d(t)) for t in leaves if mode.mark(t) is not None]
 
 

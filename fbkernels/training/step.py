@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ class Step:
         self.own = True  # the loss takes the outputs themselves, no functions of them
         self.changes: list[Tensor | None] = []  # of the outputs, by the noise
         self.layouts: list[Layout] = []  # of the outputs
+        self.weighted: Any = None  # the loss's gradient where it is more than c e
         self.inputs: tuple[Any, ...] = ()
         self.feedback: dict[str, Tensor] = {}  # layerwise: B of each point in this forward, for a second run by torch.utils.checkpoint
         self.errors: dict[str, Tensor] = {}  # layerwise: pre-activation error of the layer that reads a point, with the loss's scale
@@ -70,6 +72,11 @@ class Step:
         """The rows of a clean activity that have a difference, in the order of the differences; ``d`` has that shape."""
         if not self.partial():
             return h
+        dim = self._batch(h, d)
+        part = h.narrow(dim, 0, self.perturbed_rows)
+        return torch.cat((part, part), dim) if self.antithetic else part
+
+    def _batch(self, h: Tensor, d: Tensor | None) -> int:
         n = self.perturbed_rows * (1 + self.antithetic)
         fits = [
             k for k, size in enumerate(h.shape) if size == self.samples and (d is None or d.shape == (*h.shape[:k], n, *h.shape[k + 1 :]))
@@ -79,8 +86,20 @@ class Step:
                 f"fraction and antithetic need the batch in a dimension of its own, got an activity of shape {tuple(h.shape)} for "
                 f"{self.samples} samples: use fraction=1 and antithetic=False"
             )
-        part = h.narrow(fits[0], 0, self.perturbed_rows)
-        return torch.cat((part, part), fits[0]) if self.antithetic else part
+        return fits[0]
+
+    def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
+        """The whole batch of a clean activity with its difference, once for each sign: where rows have random numbers of their own."""
+        if not self.partial():
+            return [(h + d).to(h.dtype)]
+        dim, n = self._batch(h, d), self.perturbed_rows
+        first, rest = h.narrow(dim, 0, n), h.narrow(dim, n, self.samples - n)
+        return [torch.cat(((first + part).to(h.dtype), rest), dim) for part in d.split(n, dim)]
+
+    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Of results for each side the rows that have a difference, in the shape of ``like``."""
+        dim = self._batch(sides[0], like)
+        return torch.cat([t.narrow(dim, 0, self.perturbed_rows) for t in sides], dim)
 
     def count(self, weight: Any) -> tuple[str, int]:
         """Which layer runs: its name, and how often it ran before in this step."""

@@ -243,6 +243,64 @@ def test_attention_dropout_is_shared(module: str) -> None:
     assert float((perturbed - clean).abs().max()) < 1e-6
 
 
+class Between(nn.Module):
+    """A function between two layers."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.out, self.function = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.down(self.function(torch.tanh(self.up(x))))))
+
+
+DRAWS: list[Callable[[Tensor], Tensor]] = [
+    lambda h: F.gumbel_softmax(h),
+    lambda h: torch.normal(h, h.exp()),
+    lambda h: h * torch.bernoulli(h.sigmoid()),
+    lambda h: F.scaled_dot_product_attention(*[h.view(-1, 4, 2)] * 3, dropout_p=0.5).flatten(1),
+]
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.5}, {"antithetic": True}, {"fraction": 0.5, "antithetic": True}], ids=str)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_random_functions_draw_alike_for_other_numbers_of_rows(draw: Callable[[Tensor], Tensor], options: dict[str, Any]) -> None:
+    clean, perturbed = streams_of(Between(draw).double(), (torch.randn(6, 4).double(),), noise_std=1e-9, **options)
+    clean = clean[: 3 if "fraction" in options else 6].repeat(1 + ("antithetic" in options), 1)
+    assert 1e-13 < float((perturbed - clean).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("choose", [lambda h: h.gather(1, h.sort(1)[1]), lambda h: h.gather(1, h.argsort(1))])
+def test_the_noisy_stream_sorts_by_its_own_values(choose: Callable[[Tensor], Tensor]) -> None:
+    seen: list[Tensor] = []
+
+    def function(h: Tensor) -> Tensor:
+        seen[:] = [h, choose(h)]
+        return seen[1]
+
+    fb.convert(Between(function).double(), rule=fb.Joint(), noise_std=1.0)(torch.randn(6, 4).double())
+    h, out = ((t + t._fb[1]).detach() for t in seen)  # type: ignore[attr-defined]
+    torch.testing.assert_close(out, h.sort(1)[0])
+
+
+def test_a_bernoulli_mask_follows_the_noise() -> None:
+    seen: list[Tensor] = []
+
+    def function(h: Tensor) -> Tensor:
+        seen[:] = [torch.bernoulli(h.sigmoid())]
+        return h * seen[0]
+
+    fb.convert(Between(function).double(), rule=fb.Joint(), noise_std=1.0)(torch.randn(6, 4).double())
+    assert {*seen[0]._fb[1].unique().tolist()} == {-1.0, 0.0, 1.0}  # type: ignore[attr-defined]
+
+
+def test_rows_that_fraction_cannot_follow() -> None:
+    x, cell = torch.randn(6, 4), nn.GRUCell(8, 8)
+    for function in (lambda h: torch.stack(list(h)), lambda h: cell(h, h.new_zeros(len(h), 8))):
+        with pytest.raises(ValueError, match="which fraction and antithetic cannot follow: use fraction=1 and antithetic=False"):
+            fb.convert(Between(function), rule=fb.Joint(), fraction=0.5)(x)
+
+
 def test_a_class_token_is_repeated_for_the_perturbed_rows() -> None:
     class Token(nn.Module):
         def __init__(self) -> None:

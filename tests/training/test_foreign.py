@@ -647,3 +647,149 @@ def test_tied_layers_and_one_for_two_inputs(feedback: str) -> None:
     for how, options in ((tied_twice, {"exclude": ["layer"]}), (batched, {})):
         net = fb.convert(made(how), feedback=feedback, rule=fb.Fixed(), **options)
         assert torch.equal(net(X), made(how)(X)) and len(fb.points(net)) == 2
+
+
+def keeps(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    g = torch.tanh(net.b(h))
+    net.kl, net.terms = h.square().mean(), [g.abs().mean()]
+    with torch.no_grad():
+        net.seen = h.mean()
+    return net.o(g)
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("term", [lambda net: net.kl, lambda net: net.terms[0]])
+def test_a_loss_of_what_the_model_keeps_is_told_or_right(feedback: str, term: Callable[[Any], Tensor]) -> None:
+    plain = made(keeps)
+    net = fb.convert(plain, feedback=feedback, rule=fb.WeightTransport() if feedback == "layerwise" else fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    assert not net.seen.requires_grad
+    criterion(net(X), Y)
+    if feedback == "direct":
+        with pytest.warns(UserWarning, match="is in a loss, and direct feedback sends its gradient to no layer below it"):
+            term(net).backward()
+    else:
+        plain(X)
+        equal(gradients(net, term(net)), gradients(plain, term(plain)))
+
+
+def test_a_loss_of_what_a_hook_kept_of_a_fused_layer_is_told() -> None:
+    net = fb.convert(mlp().float(), rule=fb.Fixed())
+    seen: list[Tensor] = []
+    net[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    net(X.float())
+    with pytest.warns(UserWarning, match="what was kept behind layer '0' is in a loss"):
+        seen[0].square().mean().backward()
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_step_in_eval_mode_is_told(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(X), Y).backward()
+    net.eval()
+    criterion(net(X), Y)  # an evaluation that has not turned autograd off
+    with pytest.warns(UserWarning, match="the network is in eval mode, where gradients are backprop's"):
+        criterion(net(X), Y).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_layers_are_refused_in_layerwise_feedback() -> None:
+    layers = [nn.Linear(8, 6), nn.Linear(6, 6, dtype=torch.complex128), nn.Linear(6, 4)]
+
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.o = (layer.to(torch.complex128 if i == 1 else torch.float64) for i, layer in enumerate(layers))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(torch.tanh(self.b(torch.tanh(self.a(x)).to(torch.complex128))).abs())
+
+    with pytest.raises(TypeError, match="layer 'b' has complex weights, and layerwise feedback has no complex B"):
+        fb.convert(Complex(), feedback="layerwise", rule=fb.WeightTransport())(X)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.Joint()], ids=repr)
+def test_an_output_that_is_returned_twice(rule: fb.Rule) -> None:
+    def twice(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))
+        return out, out
+
+    plain = made(twice)
+    net = fb.convert(plain, rule=rule)
+    got = gradients(net, fb.PerturbedLoss(both, net)(net(X), Y))
+    want = gradients(plain, both(plain(X), Y))
+    equal({"o.weight": got["o.weight"]}, {"o.weight": want["o.weight"]})
+
+
+@pytest.mark.filterwarnings("error:the output of a converted network")
+def test_a_layerwise_generator_learns_from_another_network_s_loss() -> None:
+    generator = fb.convert(mlp(), feedback="layerwise", rule=fb.WeightTransport())
+    judge = fb.convert(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double(), feedback="layerwise", rule=fb.Fixed())
+    fb.PerturbedLoss(nn.BCEWithLogitsLoss(), judge)(judge(generator(X)), torch.ones(6, 1, dtype=torch.float64)).backward()
+    assert generator[0].weight.grad.norm() > 0
+    mirror = fb.convert(mlp(), feedback="layerwise", rule=fb.WeightMirror())
+    with pytest.warns(UserWarning, match="a loss that is no PerturbedLoss, so B learns nothing"):
+        mirror(X).sum().backward()
+
+
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.Joint(), fb.WeightTransport()], ids=repr)
+def test_a_choice_and_a_mask_beside_logits(rule: fb.Rule) -> None:
+    def chosen(net: Net, x: Tensor) -> dict[str, Tensor]:
+        out = net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))
+        return {"sure": out.amax(1) > 0, "pred": out.argmax(1), "logits": out}
+
+    def criterion(out: dict[str, Tensor], y: Tensor) -> Tensor:
+        assert out["pred"].dtype == torch.int64 and out["sure"].dtype == torch.bool
+        return F.cross_entropy(out["logits"], y, reduction="none")
+
+    plain, transport = made(chosen), isinstance(rule, fb.WeightTransport)
+    for options in ({}, {"antithetic": True, "fraction": 0.5}) if isinstance(rule, fb.Joint) else ({},):
+        net = fb.convert(plain, feedback="layerwise" if transport else "direct", rule=rule, **options)
+        got = gradients(net, fb.PerturbedLoss(criterion, net)(net(X), Y).mean())
+        want = gradients(plain, criterion(plain(X), Y).mean())
+        equal(got, {n: g for n, g in want.items() if transport or n.startswith("o.")})
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_ctc_of_time_first_outputs(feedback: str) -> None:
+    """A loss for each sample of an output [T, N, C]."""
+    x, y, sizes = torch.randn(9, 6, 8, dtype=torch.float64), torch.randint(1, 4, (6, 3)), torch.full((6,), 9)
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        n = len(y)
+        return F.ctc_loss(out.log_softmax(2), y, sizes[:n], torch.full((n,), 3), reduction="none")
+
+    pointwise = fb.convert(made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x)))))), feedback=feedback, rule=fb.LMS(1e-3))
+    with pytest.raises(ValueError, match=r"got shape .6,. for 9 samples: .* samples come first in what the network takes, not time"):
+        fb.PerturbedLoss(criterion, pointwise)(pointwise(x), y)
+    plain = made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x)).cumsum(0)))))  # which mixes times, so that these are no samples
+    net = fb.convert(plain, feedback=feedback, rule=fb.LMS(1e-3))
+    loss, c = fb.PerturbedLoss(criterion, net), torch.arange(6.0)
+    for _ in range(2):
+        got = gradients(net, (loss(net(x), y) * c).sum())["o.weight"]
+        torch.testing.assert_close(got, gradients(plain, (criterion(plain(x), y) * c).sum())["o.weight"])
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_second_derivative_is_refused(feedback: str) -> None:
+    net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
+    loss = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: leave out create_graph=True"):
+        torch.autograd.grad(loss, [*net.parameters()], create_graph=True)
+
+
+def test_a_sparse_batch_is_refused() -> None:
+    net = fb.convert(made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(torch.sparse.mm(x, net.a.weight.t())))))), rule=fb.Fixed())
+    with pytest.raises(TypeError, match=r"needs a dense batch, got one of layout torch.sparse_coo: pass x.to_dense\(\)"):
+        net(X.to_sparse())
+
+
+def test_a_compiled_function_inside_is_refused() -> None:
+    act = torch.compile(lambda h: h * torch.sigmoid(h), backend="eager")
+    net = fb.convert(made(lambda net, x: net.o(act(net.b(act(net.a(x)))))), rule=fb.Fixed())
+    with pytest.raises(TypeError, match=r"a function inside the model is compiled by torch\.compile, which hides its calls"):
+        net(X)

@@ -767,3 +767,72 @@ def test_both_streams_have_one_scale(criterion: nn.Module) -> None:
     net.feedback.measure = lambda step, e, dL, *rest: loss_change.append(dL) or Network.measure(net.feedback, step, e, dL, *rest)
     fb.PerturbedLoss(criterion, net)(logits, target)
     assert not loss_change[0].any()
+
+
+# losses of more than the output, of other samples, and random ones
+
+LOG_VAR = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+MEASURING = [("layerwise", fb.LMS(1e-3)), ("direct", fb.Fixed()), ("direct", fb.Joint())]
+
+
+def weighed(out: Tensor, y: Tensor) -> Tensor:
+    parts = F.cross_entropy(out, y, reduction="none"), out.square().mean(1)
+    return sum(torch.exp(-v) * part + v for v, part in zip(LOG_VAR, parts, strict=True))
+
+
+def contrasted(out: Tensor, y: Tensor) -> Tensor:
+    z = F.normalize(out, dim=1)
+    return F.cross_entropy(z @ z.T - 9 * torch.eye(len(z), dtype=z.dtype), y.roll(1), reduction="none")
+
+
+@pytest.mark.parametrize(("feedback", "rule"), MEASURING, ids=repr)
+def test_weights_of_a_loss_and_a_target_get_their_gradient(feedback: Any, rule: fb.Rule) -> None:
+    plain, x = mlp().double(), X.double()
+    net = fb.convert(plain, feedback=feedback, rule=rule)
+    target = nn.Parameter(SOFT.double())
+    for criterion, y, leaf in ((weighed, Y, LOG_VAR), (nn.MSELoss(), target, target), (nn.MSELoss(), 2 * target, target)):
+        loss = fb.PerturbedLoss(criterion, net)
+        for _ in range(2):
+            leaf.grad = None
+            loss(net(x), y).mean().mul(3.0).backward(retain_graph=True)
+            (want,) = torch.autograd.grad(criterion(plain(x), y).mean() * 3.0, leaf, retain_graph=True)
+            torch.testing.assert_close(leaf.grad, want)
+
+
+@pytest.mark.parametrize(("feedback", "rule"), MEASURING[1:], ids=repr)
+def test_weights_of_samples_whose_losses_depend_on_each_other(feedback: Any, rule: fb.Rule) -> None:
+    plain, x, y = mlp().double(), X.double(), torch.arange(len(X))
+    net = fb.convert(plain, feedback=feedback, rule=rule)
+    weights = torch.tensor([1.0, 0.0, 0.0, 3.0, 0.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+    loss = fb.PerturbedLoss(contrasted, net)
+    for w in (weights, weights.flip(0)):
+        net.zero_grad()
+        (loss(net(x), y) * w).sum().backward()
+        want = torch.autograd.grad((contrasted(plain(x), y) * w).sum(), [*plain[-1].parameters()])
+        torch.testing.assert_close([p.grad for p in net[-1].parameters()], [*want])
+
+
+def test_losses_that_depend_on_each_other_need_equal_weights_where_layers_regress() -> None:
+    net = fb.convert(mlp(), feedback="layerwise", rule=fb.LMS(1e-3))
+    loss = fb.PerturbedLoss(contrasted, net)
+    loss(net(X), torch.arange(8)).mean().backward()
+    with pytest.raises(RuntimeError, match="need equal weights where B learns from errors of layers"):
+        (loss(net(X), torch.arange(8)) * torch.arange(8)).sum().backward()
+
+
+def sampled(out: Tensor, y: Tensor) -> Tensor:
+    return F.dropout(out, 0.5).square().sum(1) + out.gather(1, torch.randint(K, (len(y), 1)))[:, 0]
+
+
+@pytest.mark.parametrize("how", [{}, {"antithetic": True}, {"fraction": 0.5}, {"fraction": 0.5, "antithetic": True}], ids=repr)
+def test_a_random_criterion_draws_alike_for_both_streams(how: dict[str, Any]) -> None:
+    net = fb.convert(mlp().double(), rule=fb.LMS(1e-3), noise_std=1e-6, **how)
+    loss = fb.PerturbedLoss(sampled, net)
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss(net(X.double()), Y).mean().backward()
+        drawn = torch.rand(1)
+        assert net.feedback.points["0"].pending.loss_change.abs().max() < 1e-4
+        torch.manual_seed(1)
+        sampled(torch.zeros(8, K, dtype=torch.float64), Y)
+        assert drawn == torch.rand(1)
