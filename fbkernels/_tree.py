@@ -31,7 +31,8 @@ def unflatten(leaves: list[Any], spec: Any) -> Any:
 
 def where(x: Tensor, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Where:
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    (given, first, *rest), _ = next(found for found in tree_flatten_with_path((args, kwargs))[0] if found[1] is x)
+    path: Any = next(way for way, t in tree_flatten_with_path((args, kwargs))[0] if t is x)
+    given, first, *rest = path
     if given.idx == 0:
         return first.idx, names[first.idx] if first.idx < len(names) else "", tuple(rest)
     return names.index(first.key) if first.key in names else sys.maxsize, first.key, tuple(rest)
