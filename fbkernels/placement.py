@@ -89,13 +89,13 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.ran: collections.Counter[str] = collections.Counter()
         self.shapes: dict[int, tuple[int, ...]] = {}
-        self.inputs = [self.value(t) for t in inputs]
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
         self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
         self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
+        self.inputs = [self.value(t) for t in inputs]
 
     def checkpoint(self, fn: Any) -> Any:
         """What torch.utils.checkpoint runs."""
