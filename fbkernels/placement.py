@@ -210,8 +210,11 @@ class Recorder(TorchFunctionMode):
         if kind == "layer" and self.known_before(first, ins):
             assert isinstance(first, Tensor)
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            call.layer = self.layer(weight)
-            self.sizes[call.layer[0]] = weight.numel()
+            if constant(weight, self.names):
+                self.network.entered = ""
+            else:
+                call.layer = self.layer(weight)
+                self.sizes[call.layer[0]] = weight.numel()
             self.products += (first if "transpose" in name else out).numel() * weight[0].numel()
         call.group = name.removesuffix("_") in GROUP or _mask(name, args, ins)
         self.calls.append(call)
@@ -247,6 +250,11 @@ def _mask(name: str, args: tuple[Any, ...], ins: list[int]) -> bool:
         return False
     x, mask = args[0], args[1]
     return type(mask) is Tensor and not mask.requires_grad and mask.ndim == x.ndim and mask.numel() == len(mask)
+
+
+def constant(weight: Tensor, names: Mapping[int, str]) -> bool:
+    """Whether what looks like a layer is a function of the model's: a filter that blurs, with a buffer for its kernel."""
+    return id(weight) not in names and not weight.requires_grad
 
 
 def names_of(net: nn.Module) -> tuple[dict[int, str], tuple[Tensor, ...]]:

@@ -25,6 +25,8 @@ class Direct(Step):
 
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
         key = self.count(args[1] if len(args) > 1 else kwargs["weight"])
+        if key is None:
+            return None
         if key not in self.placement.layers:
             self.unknown.append(key[0])
             return None

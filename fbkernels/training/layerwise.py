@@ -49,6 +49,8 @@ class Layerwise(Step):
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
         key = self.count(weight)
+        if key is None:
+            return None
         if key not in self.placement.layers:
             self.unknown.append(key[0])
             return None

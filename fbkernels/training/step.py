@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, used_twice
+from fbkernels.placement import Placement, constant, used_twice
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.training.autograd import Sent
 
@@ -101,9 +101,12 @@ class Step:
         dim = self._batch(sides[0], like)
         return torch.cat([t.narrow(dim, 0, self.perturbed_rows) for t in sides], dim)
 
-    def count(self, weight: Any) -> tuple[str, int]:
-        """Which layer runs: its name, and how often it ran before in this step."""
+    def count(self, weight: Any) -> tuple[str, int] | None:
+        """Which layer runs: its name, and how often it ran before in this step. None where it is no layer."""
         network = self.network
+        if constant(weight, self.placement.names):
+            network.entered = ""
+            return None
         name = self.placement.names.get(id(weight)) or network.entered or "layer"
         if name == "layer" and (name, self.ran.get(name, 0)) not in self.placement.layers and not torch.compiler.is_compiling():
             name = network.renamed(self.placement, weight)

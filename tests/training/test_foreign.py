@@ -793,3 +793,32 @@ def test_a_compiled_function_inside_is_refused() -> None:
     net = fb.convert(made(lambda net, x: net.o(act(net.b(act(net.a(x)))))), rule=fb.Fixed())
     with pytest.raises(TypeError, match=r"a function inside the model is compiled by torch\.compile, which hides its calls"):
         net(X)
+
+
+class Blurred(nn.Module):
+    """Filters that are buffers, and one that is computed of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(4, 4)
+        self.register_buffer("blur", torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).expand(4, 1, 3).clone(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.conv1d(torch.tanh(self.a(x)), self.blur, stride=2, groups=4)
+        return self.o((torch.tanh(self.b(F.conv1d(h, 2 * self.blur, groups=4)))).mean(2))
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_constant_filter_is_a_function(feedback: str) -> None:
+    torch.manual_seed(0)
+    plain, x = Blurred().double(), torch.randn(6, 3, 20, dtype=torch.float64)
+    rule = fb.Fixed() if feedback == "direct" else fb.WeightTransport()
+    net = fb.convert(copy.deepcopy(plain), feedback=feedback, rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        got = gradients(net, criterion(net(x), Y))
+    want = gradients(plain, nn.CrossEntropyLoss()(plain(x), Y))
+    assert list(fb.points(net)) == (["a", "b"] if feedback == "direct" else ["b.input", "o.input"])
+    assert net.feedback.unplaced == set()
+    same = [k for k, g in want.items() if torch.allclose(got[k], g, rtol=1e-8)]
+    assert same == (["o.weight", "o.bias"] if feedback == "direct" else list(want))
