@@ -392,6 +392,27 @@ def soaked(path: Path) -> str:
     return f"\n## soak\n\n`python bench/soak.py`\n\n{about}\n\n{text}\n\n" + "\n".join(lines) + "\n"
 
 
+def foreign(path: Path) -> str:
+    """Of the public architectures those that pass every check of bench/zoo.py, by where they are from, and why the others do not."""
+    data = json.loads(path.read_text())
+    structures, rows = list(data["settings"]["rules"]), [r for r in data["rows"] if r["plain"]["ok"]]
+    wrong = {
+        (r["name"], s): [c["note"] for k, c in r["structures"][s].items() if not (c["ok"] or k == "bitwise")]
+        for r in rows
+        for s in structures
+    }
+    lines = ["| from | " + " | ".join(structures) + " |", "| --- " * (1 + len(structures)) + "|"]
+    for source in (*dict.fromkeys(r["source"] for r in rows), ""):
+        names = [r["name"] for r in rows if source in ("", r["source"])]
+        counts = [f"{sum(not wrong[name, s] for name in names)} of {len(names)}" for s in structures]
+        lines.append(f"| {source or 'all'} | " + " | ".join(counts) + " |")
+    reasons = {name: notes[0].split(": ", 1)[-1] for (name, _), notes in wrong.items() if notes}
+    about = "; ".join(f"{s} {rule}" for s, rule in data["settings"]["rules"].items())
+    checked = sum("oracle" in r["structures"]["direct"] for r in rows)
+    text = f"torch {data['torch']}; {about}. The checks in float64 were run on {checked} of them.\n\n" + "\n".join(lines) + "\n\nNot:\n\n"
+    return "\n## zoo\n\n`python bench/zoo.py`\n\n" + text + "\n".join(f"* {name}: {why}" for name, why in reasons.items()) + "\n"
+
+
 def experiment(folder: Path) -> str:
     """A figure or table of the paper, as ``fbkernels reproduce`` has made it."""
     raw = json.loads((folder / "results.json").read_text())
@@ -414,6 +435,7 @@ def main() -> None:
     runs = sorted(path.parent for path in RESULTS.glob("*/summary.json"))
     shared = smaller(RESULTS / "share.json") if (RESULTS / "share.json").exists() else ""
     shared += soaked(RESULTS / "soak.json") if (RESULTS / "soak.json").exists() else ""
+    shared += foreign(RESULTS / "zoo.json") if (RESULTS / "zoo.json").exists() else ""
     reproduced = "".join(experiment(path.parent) for path in sorted(RESULTS.glob("*/results.json")))
     info = extra(benchmarks())
     tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]

@@ -263,3 +263,12 @@ def test_report_reads_what_the_suite_writes(tmp_path):
     report.sweeps(info, tmp_path / "sweep.png")
     report.speed(report.extra([report.RESULTS / "cpu.json"]), "a processor", tmp_path / "speed.png")
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("speed.png", "sweep.png"))
+
+
+def test_the_readme_counts_the_zoo():
+    page = (report.RESULTS.parents[1] / "README.md").read_text()
+    table = report.foreign(report.RESULTS / "zoo.json")
+    assert table in (report.RESULTS / "README.md").read_text()
+    passed, runs = table.split("| all | ")[1].split(" |")[0].split(" of ")
+    assert table.count(f"{passed} of {runs}") == 2
+    assert f"**{passed} of {runs}** public architectures" in page
