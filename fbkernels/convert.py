@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.nn.modules.conv import _ConvNd
 
 from fbkernels import ops
@@ -209,7 +210,7 @@ def _copied(model: nn.Module) -> nn.Module:
         todo, passed = [value], dict[int, Any]()
         while todo:
             v = todo.pop()
-            if isinstance(v, nn.Module) and v in registered:
+            if (isinstance(v, nn.Module) and v in registered) or isinstance(v, RemovableHandle):  # which knows its hook's module weakly
                 return True
             if not (isinstance(v, _ATOMIC) or id(v) in passed or id(v) in apart):
                 passed[id(v)] = v

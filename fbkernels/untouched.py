@@ -29,6 +29,8 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
     pre-hooks that return nothing, which may keep what they see, only ``ours`` run."""
     undo = _undo(net, inputs)
     for m in net.modules():
+        if _lazy(m):
+            continue
         for name, kept in (("_forward_hooks", ours), ("_forward_pre_hooks", lambda h: ours(h) or not _looks(h))):
             if hooks := m.__dict__[name]:
                 undo.append(partial(setattr, m, name, hooks))
@@ -76,7 +78,7 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             _spare(x, [*x.items()])
         attributes = getattr(x, "__dict__", None)
         if isinstance(x, nn.Module):
-            if type(x).__module__.startswith("fbkernels.training") or any(p is not None and is_lazy(p) for p in x._parameters.values()):
+            if type(x).__module__.startswith("fbkernels.training") or _lazy(x):
                 continue
             depth = _DEPTH
             values += (v for name in _WALKED_ALONE for v in x.__dict__[name].values())
@@ -93,6 +95,11 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             _spare(attributes, [*attributes.items()])
         todo += ((v, depth) for v in values)
     return undo
+
+
+def _lazy(m: nn.Module) -> bool:
+    """Whether its first call makes its parameters, which are to stay."""
+    return any(p is not None and is_lazy(p) for p in m._parameters.values())
 
 
 def _tensor(t: Tensor) -> list[Callable[[], None]]:

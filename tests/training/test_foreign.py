@@ -822,3 +822,14 @@ def test_a_constant_filter_is_a_function(feedback: str) -> None:
     assert net.feedback.unplaced == set()
     same = [k for k, g in want.items() if torch.allclose(got[k], g, rtol=1e-8)]
     assert same == (["o.weight", "o.bias"] if feedback == "direct" else list(want))
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_lazy_layers(feedback: str) -> None:
+    torch.manual_seed(0)
+    net = fb.convert(nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.Tanh(), nn.LazyLinear(4)).double(), feedback=feedback)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        criterion(net(X), Y).backward()
+    assert (type(net[0]), type(net[3])) == (nn.Linear, nn.Linear) and list(fb.points(net)) == ["0"]
+    assert all(p.grad is not None for p in net.parameters())
