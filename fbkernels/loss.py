@@ -161,13 +161,15 @@ class PerturbedLoss(nn.Module):
         """The loss of what e and dL were taken of, and whether B learns from them."""
         network, rule = step.network, step.network.settings.rule
         losses, e, dL, dy, ok = signals(step, self.per_sample, output, chosen, target)
-        dtype = torch.promote_types(step.outputs[chosen[0]].dtype, torch.float32)
+        y = step.outputs[chosen[0]]
+        exact = torch.promote_types(y.dtype, torch.float32)
+        dtype = torch.promote_types(next(iter(step.activities.values()), y).dtype, torch.float32)  # B's, whatever the output is cast to
         with torch.no_grad():
             flat = [step.layouts[i].units_of(t, step.samples) for i, t in zip(chosen, e, strict=True)]
             m = network.measure(step, flat[0] if len(flat) == 1 else torch.cat(flat, 1), dL, dy, ok, dtype)
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
-        out = attach(step, m, losses.to(dtype), tuple(t.to(dtype) for t in e), chosen, self._anchor)
+        out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
@@ -389,7 +391,7 @@ def attach(step: Step, m: Any, losses: Tensor, e: tuple[Tensor, ...], chosen: li
         activities = tuple(step.activities[name] for name in names)
     elif not settings.layerwise:
         K = m.regressor.shape[-1]
-        feedback = tuple(point.create((point.units, K), outputs[0]) for point in points)
+        feedback = tuple(point.create((point.units, K), step.activities[name]) for name, point in zip(names, points, strict=True))
         activities = tuple(step.activities[name] for name in names)
     layouts = (*(step.layouts[i] for i in chosen), *(point.layout for point in points if activities))
     blocks = tuple(step.blocks.get(name) for name in names) if activities else ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,6 +71,11 @@ class Call:
     own: bool = False  # carries an error through parameters of its own
     random: bool = False
     point: str = ""
+
+    @property
+    def hook(self) -> bool:
+        """Whether it is torch's own identity for full backward hooks."""
+        return self.func is not None and name_of(self.func) == "BackwardHookFunction"
 
     @property
     def cut(self) -> bool:
@@ -170,7 +176,9 @@ class Recorder(TorchFunctionMode):
                 o._fb_value = getattr(t, "_fb_value", None)  # type: ignore[attr-defined]
         elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
-            self.calls.append(Call(cls, ins, outs, group=cls.__name__ == "BackwardHookFunction"))
+            call = Call(cls, ins, outs)
+            call.group = call.hook
+            self.calls.append(call)
         return out
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -221,19 +229,21 @@ class Recorder(TorchFunctionMode):
         return out
 
     def first_input(self) -> int:
-        """Which of the tensors that went in the first layer depends on."""
+        """Which of the tensors that went in the first layer depends on; one of several numbers before one number, a step's time."""
         made = {v: c for c in self.calls for v in c.outs}
         for c in self.calls:
             if c.layer is None:
                 continue
-            todo, seen = [c.ins[0]], set[int]()
+            todo, seen, found = [c.ins[0]], set[int](), list[int]()
             while todo:
                 v = todo.pop()
                 if v in self.inputs and self.shapes[v]:
-                    return self.inputs.index(v)
+                    found.append(v)
                 if v not in seen:
                     seen.add(v)
                     todo += reversed(made[v].ins) if v in made else []
+            if found:
+                return self.inputs.index(max(found, key=lambda v: (self.shapes[v][0] > 1, math.prod(self.shapes[v]) > 1)))
         return next((i for i, v in enumerate(self.inputs) if self.shapes[v]), 0)
 
     def lives(self, t: Tensor) -> bool:
@@ -279,6 +289,7 @@ def place(
     layerwise: bool,
     alone: bool,
     kept: Mapping[tuple[str, str], list[int]],
+    earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
     ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
@@ -309,7 +320,8 @@ def place(
                 continue
             ends[c.outs[0]] = (i, Chain("", c.point, (), (), None, explicit=True))
     if layerwise:
-        return _reads(recorder, graph, placement, ends, found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer), alone)
+        everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
+        return _reads(recorder, graph, placement, ends, everywhere, alone, earlier)
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -391,6 +403,9 @@ def _chain(c: Call, graph: _Graph, found: bool) -> tuple[Chain | None, Call]:
         last = following
     if not found:
         return None, last
+    while calls[-1].hook:  # a point cuts, and torch hooks nothing that needs no gradient
+        calls.pop()
+    last = calls[-1]
     names = [name_of(k.func) for k in calls]
     return _made(c, c.layer[0], calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
 
@@ -402,9 +417,16 @@ def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], expli
 
 
 def _reads(
-    recorder: Recorder, graph: _Graph, placement: Placement, ends: dict[int, tuple[int, Chain]], everywhere: bool, alone: bool
+    recorder: Recorder,
+    graph: _Graph,
+    placement: Placement,
+    ends: dict[int, tuple[int, Chain]],
+    everywhere: bool,
+    alone: bool,
+    earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
-    """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's or is read already."""
+    """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's, is read already, or was
+    another point's in an ``earlier`` recording."""
     claimed: list[str] = []
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
@@ -412,7 +434,7 @@ def _reads(
                 placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
-        while v not in ends and v in graph.made and name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS:
+        while v not in ends and v in graph.made and (graph.made[v].hook or name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS):
             v = graph.made[v].ins[0]
             shared = shared or len(graph.readers[v]) > 1
         source = ends[v][1].point if v in ends and not (alone and shared) else ""
@@ -420,7 +442,7 @@ def _reads(
             continue
         if c.layer[1]:
             raise ValueError(used_twice(c.layer[0]))
-        if not source or source in claimed:
+        if not source or source in claimed or earlier.get(c.layer, source) != source:
             source = f"{c.layer[0]}.input"
         claimed.append(source)
         placement.reads[c.layer] = source

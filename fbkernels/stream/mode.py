@@ -249,7 +249,8 @@ class Streams(TorchFunctionMode):
                 out = plain(*args, **kwargs)
                 for t, o in zip(args, out if isinstance(out, tuple) else (out,), strict=False):
                     if (own := self.mark(t)) is not None:
-                        o._fb = own
+                        chain = own[2]
+                        self.put(o, own[1], (chain[0], chain[1] + 1) if chain is not None and self._next(own, cls) else chain)
                 return out
             if not marked:
                 return plain(*args, **kwargs)

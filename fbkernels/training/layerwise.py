@@ -90,9 +90,11 @@ class Layerwise(Step):
         point.merged = bool(carry) and (moved or len(x) != self.samples)
         if point.reads and not self.again:
             x = self.visit_input(point, x, connection.convolution)
+        if point.name not in self.activities and not self.again:  # the layer before was skipped, and this one reads another's activity
+            point.layout = Layout.of(x, self.samples, connection.convolution, 1, self.rows_of(point.name))
         if self.perturbing and not self.again:
             with torch.no_grad():
-                xi = point.noise(self.network.step, self.perturbed_rows, self.activities[point.name].dtype, self.offset)
+                xi = point.noise(self.network.step, self.perturbed_rows, self.activities.get(point.name, x).dtype, self.offset)
                 xi = torch.cat((xi, -xi)) if self.antithetic else xi
                 for _, rearrange in carry:
                     xi = rearrange(xi)

@@ -211,6 +211,7 @@ class Network(Stateful):
             layerwise=settings.layerwise,
             alone=settings.rule.supervised,
             kept=kept,
+            earlier={} if self.placement is None else self.placement.reads,
         )
         placement.names, placement.weights = names, weights
         if placement.own_weights and not self.named:
@@ -230,12 +231,16 @@ class Network(Stateful):
         read = {name for name, _ in placement.reads}
         if (bad := next((names[id(w)] for w in weights if w.is_complex() and names[id(w)] in read), None)) is not None:
             raise TypeError(f"layer {bad!r} has complex weights, and layerwise feedback has no complex B: use feedback='direct'")
+        points, earlier = dict(self.points), {} if self.placement is None else dict(self.placement.reads)
         if self.placement is not None:
             placement.join(self.placement)
         if not placement.points:
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
+        for layer, name in placement.reads.items():
+            if (old := earlier.get(layer, name)) != name:  # B goes where its layer reads now
+                self.points[name].state, points[old].state = points[old].state, {}
         settle(self, placement, recorder, root, args, kwargs)
         placement.products = recorder.products // max(1, self._samples(placement, args, kwargs))
         return placement

@@ -833,3 +833,88 @@ def test_lazy_layers(feedback: str) -> None:
         criterion(net(X), Y).backward()
     assert (type(net[0]), type(net[3])) == (nn.Linear, nn.Linear) and list(fb.points(net)) == ["0"]
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("at", range(5))
+@pytest.mark.parametrize("before", ["convert", "the second step"])
+def test_full_backward_hooks(feedback: str, at: int, before: str, dtype: torch.dtype) -> None:
+    found, seen = [], []
+    for hooked in (False, True):
+        torch.manual_seed(0)
+        net: nn.Module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).to(dtype)
+        if hooked and before == "convert":
+            net[at].register_full_backward_hook(lambda *_: seen.append(1))
+        net = fb.convert(net, feedback=feedback, rule=fb.Fixed())
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        for step in range(3):
+            if hooked and before != "convert" and step == 1:
+                net[at].register_full_backward_hook(lambda *_: seen.append(1))
+            found.append(gradients(net, criterion(net(X.to(dtype)), Y)))
+        assert list(fb.points(net)) == ["0", "2"] and not net.feedback.stale
+        assert all(p.B is not None for p in fb.points(net).values())
+    for ours, plain in zip(found[3:], found[:3], strict=True):
+        equal(ours, plain)
+    assert seen or (feedback == "direct" and at in (1, 3))
+
+
+@pytest.mark.parametrize("rule", [fb.Joint(), fb.Joint(signal="output"), fb.Ridge(), fb.LMS(1e-3), fb.Fixed()], ids=repr)
+def test_an_output_of_more_digits_than_the_network(rule: fb.Rule) -> None:
+    def cast(net: Net, x: Tensor) -> Tensor:
+        return filled(net, x).double()
+
+    torch.manual_seed(0)
+    net = fb.convert(Net(cast), rule=rule)
+    criterion, x = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), X.float()
+    for _ in range(3):
+        criterion(net(x), Y).backward()
+    assert {p.B.dtype for p in fb.points(net).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_one_number_beside_the_batch(feedback: str, shape: tuple[int, ...]) -> None:
+    class Timed(Net):
+        def forward(self, t: Tensor, x: Tensor) -> Any:  # type: ignore[override]
+            return filled(self, t * x)
+
+    torch.manual_seed(0)
+    net = fb.convert(Timed(filled).double(), feedback=feedback, rule=fb.Ridge())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    criterion(net(torch.ones(shape, dtype=torch.float64), X), Y).backward()
+    assert {len(p.B) for p in fb.points(net).values()} <= {16, 12}
+
+
+@pytest.mark.parametrize("rule", [fb.Fixed(), fb.KolenPollack(0.9), fb.WeightMirror(), fb.Ridge(), fb.WeightTransport()], ids=repr)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_the_first_step_skips(rule: fb.Rule, first: bool) -> None:
+    """B goes with the layer that it is of."""
+
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.o = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 12), nn.Linear(12, 4)
+            self.skip = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            h = h if self.skip else torch.tanh(self.b(h))
+            return self.o(torch.tanh(self.c(h)))
+
+    torch.manual_seed(0)
+    plain: Any = Skips().double()
+    net: Any = fb.convert(copy.deepcopy(plain), feedback="layerwise", rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    of_c = None
+    for step in range(4):
+        net.skip = plain.skip = (step % 2 == 0) == first
+        got = gradients(net, criterion(net(X), Y))
+        reads = net.feedback.placement.reads
+        B = fb.points(net)[reads["c", 0]].B.clone()
+        if isinstance(rule, fb.Fixed):
+            assert of_c is None or torch.equal(B, of_c)
+            of_c = B
+        if isinstance(rule, (fb.WeightMirror, fb.WeightTransport)):
+            want = gradients(plain, nn.CrossEntropyLoss()(plain(X), Y))
+            assert all(torch.allclose(got[k], g, rtol=1e-8) for k, g in want.items() if g is not None)
