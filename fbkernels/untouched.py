@@ -40,7 +40,7 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
     if numpy:
         undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):  # the user's would see it
         try:
             yield
         finally:
@@ -95,6 +95,10 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             _spare(attributes, [*attributes.items()])
         todo += ((v, depth) for v in values)
     return undo
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def _lazy(m: nn.Module) -> bool:
