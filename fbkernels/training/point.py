@@ -237,7 +237,7 @@ class FeedbackPoint(Stateful):
         B = self.state["B"]
         if B.shape != shape:
             got = f"B of point {self.name!r} has shape {tuple(B.shape)}, expected {tuple(shape)}"
-            raise ValueError(f"{got}: it was made for other outputs, or another network")
+            raise ValueError(f"{got}: it was made for other outputs, or another network; revert and convert again make a new one")
         return B
 
     def claim(self, weight: Tensor, connection: Connection, carry: Carry) -> Tensor:
