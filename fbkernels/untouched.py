@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fbkernels.stream.chain import saved_hooks
+
 _DEPTH = 2  # plain objects in one another: a trainer that a module knows leads to the data
 _WALKED_ALONE = ("_parameters", "_modules")  # a layer that the first call makes stays, and fully_shard exchanges parameters itself
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.FunctionType, types.MethodType)
@@ -40,7 +42,9 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
     if numpy:
         undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
-    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(_same, _same):  # the user's would see it
+    # the user's hooks on saved tensors would see it; one that keeps what a node itself has made keeps both for ever
+    alone = contextlib.nullcontext() if saved_hooks() is None else torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same)
+    with torch.random.fork_rng(devices), alone:
         try:
             yield
         finally:
