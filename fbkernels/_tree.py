@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 # where a tensor is among a forward's arguments: the parameter that takes it, by position and by name, and the way to it from there
 Where = tuple[int, str, tuple[Any, ...]]
@@ -19,6 +19,11 @@ def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     if not kwargs and all(isinstance(x, Tensor) for x in args):
         return [*args]
     return [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+
+
+def copied(tree: Any) -> Any:
+    """With tensors and containers of its own, which a forward may write and no graph outlives."""
+    return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), tree)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

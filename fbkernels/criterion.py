@@ -295,10 +295,13 @@ def error(per_sample: PerSample, output: Any, target: Any, samples: int = -1) ->
         losses = per_sample(tree_unflatten(leaves, spec), target, samples=samples, clean=True)
         captured = losses.is_cuda and torch.cuda.is_current_stream_capturing()
         first = not (per_sample.looked or losses.is_meta or captured)
-        e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=first or more or per_sample.coupled)
-        beside = others(losses, z) if first or more else ()
+        looks = first or more or not per_sample.plain  # a criterion of the user's may begin to, at any step
+        beside = others(losses, z) if looks else ()
+        e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=first or bool(beside) or per_sample.coupled)
+        if beside:
+            per_sample.others = True
         if first:
-            per_sample.looked, per_sample.others = len(losses) > 1, bool(beside)
+            per_sample.looked = len(losses) > 1
             per_sample.coupled = not per_sample.plain and couples(losses, z, e)
         weighted = Weighted(losses, tuple(z), beside, per_sample.coupled) if beside or per_sample.coupled else None
     with torch.no_grad():

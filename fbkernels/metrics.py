@@ -115,13 +115,14 @@ def _gradients(
     activities = dict(step.activities)
     for h in activities.values():
         h.retain_grad()
+    into = [t for t in (*activities.values(), *probe.parameters()) if t.requires_grad]  # a target and weights of the loss are the user's
     chosen = list(range(len(step.outputs)))
     if exact:
         _, e, _ = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
-        per_sample(output, target, samples=step.samples).sum().backward()
+        per_sample(output, target, samples=step.samples).sum().backward(inputs=into)
     else:
         losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
-        attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward()
+        attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward(inputs=into)
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}
     for name in (n for n in activities if not network.points[n].reads):

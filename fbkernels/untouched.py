@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
-import dis
 import random
 import sys
 import types
@@ -27,16 +26,17 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleT
 
 @contextlib.contextmanager
 def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Iterator[None]:
-    """A forward inside leaves parameters, buffers, inputs, random numbers and what modules keep as they were. Of forward hooks, and of
-    pre-hooks that return nothing, which may keep what they see, only ``ours`` run."""
+    """A forward inside leaves parameters, gradients, buffers, random numbers and what modules and inputs keep as they were. Of forward
+    hooks, which may keep what they see, only ``ours`` run."""
     undo = _undo(net, inputs)
     for m in net.modules():
-        if _lazy(m):
-            continue
-        for name, kept in (("_forward_hooks", ours), ("_forward_pre_hooks", lambda h: ours(h) or not _looks(h))):
-            if hooks := m.__dict__[name]:
-                undo.append(partial(setattr, m, name, hooks))
-                setattr(m, name, collections.OrderedDict((k, h) for k, h in hooks.items() if kept(h)))
+        if hooks := m._forward_hooks:
+            undo.append(partial(setattr, m, "_forward_hooks", hooks))
+            m._forward_hooks = collections.OrderedDict((k, h) for k, h in hooks.items() if ours(h))
+        if _lazy(m) and isinstance(reset := getattr(m, "reset_running_stats", None), types.MethodType):
+            undo.append(reset)
+    for p in net.parameters():
+        undo += [partial(setattr, p, "grad", p.grad), *([] if p.grad is None else _tensor(p.grad))]
     numpy: Any = sys.modules.get("numpy")
     undo.append(partial(random.setstate, random.getstate()))
     if numpy:
@@ -107,18 +107,21 @@ def _same(t: Tensor) -> Tensor:
 
 def _lazy(m: nn.Module) -> bool:
     """Whether its first call makes its parameters, which are to stay."""
-    return any(p is not None and is_lazy(p) for p in m._parameters.values())
+    return any(t is not None and is_lazy(t) for t in (*m._parameters.values(), *m._buffers.values()))
 
 
 def _tensor(t: Tensor) -> list[Callable[[], None]]:
     if t.is_meta or t.is_inference() or t.layout is not torch.strided or 0 in t.stride() or is_traceable_wrapper_subclass(t):
         return []
-    own, value = t.data, t.detach().clone()  # own: of no version that a graph could miss
+    own, value, bare = t.data, t.detach().clone(), not t.requires_grad  # own: of no version that a graph could miss
 
     def back() -> None:
+        if bare and t.requires_grad and not t._is_view():
+            t.detach_().requires_grad_(False)
         if (t.data_ptr(), t.shape, t.stride(), t.dtype) != (own.data_ptr(), own.shape, own.stride(), own.dtype):
             t.data = own
-        own.copy_(value)
+        if not bool(((own == value) | ((own != own) & (value != value))).all()):  # what cannot be written has not been
+            own.copy_(value)
 
     return [back]
 
@@ -160,18 +163,3 @@ def _spare(x: Any, items: Any) -> None:
         if isinstance(v, Iterator) and not hasattr(v, "__dict__"):
             with contextlib.suppress(TypeError):
                 x[k] = copy.copy(v)
-
-
-def _looks(hook: Any) -> bool:
-    """Whether a hook returns nothing, as its code shows."""
-    f = getattr(hook, "__func__", hook if isinstance(hook, types.FunctionType) else vars(type(hook)).get("__call__"))
-    if not isinstance(f, types.FunctionType):
-        return False
-    before: Any = None
-    for i in dis.get_instructions(f):
-        constant = before if i.opname == "RETURN_VALUE" else i
-        if i.opname.startswith("RETURN_") and i.opname != "RETURN_GENERATOR":
-            if "CONST" not in constant.opname or constant.argval is not None:
-                return False
-        before = i
-    return True

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant
-from fbkernels._tree import at, differs, flatten, tensors, unflatten
+from fbkernels._tree import at, copied, differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, keeps, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
@@ -247,12 +247,13 @@ class Network(Stateful):
 
     def _recorded(self, root: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any, Any]:
         """A recorder that has seen a forward, what that gave, and what the model keeps with a gradient."""
-        recorder = Recorder(self, names, tensors(args, kwargs))
+        own = copied((args, kwargs))
+        recorder = Recorder(self, names, tensors(*own))
         self.running = (recorder,)
         try:
-            with untouched(root, (args, kwargs), self.runs):
+            with untouched(root, own, self.runs):
                 with shown(recorder), given(recorder.checkpoint), recorder:
-                    output = self.plain(root, args, kwargs)
+                    output = self.plain(root, *own)
                 kept = {} if self.settings.layerwise else keeps(root, lambda t: recorder.known(t) if t.requires_grad else None)
                 return recorder, output, kept
         except Exception as e:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fbkernels._tree import at, differs, flatten, tensors, where
+from fbkernels._tree import at, copied, differs, flatten, tensors, where
 from fbkernels.layout import Rows
 from fbkernels.placement import Placement, Recorder, constant
 from fbkernels.stream.chain import Chain, Waiting
@@ -103,6 +103,7 @@ def _run(
 ) -> tuple[Probe, list[tuple[Tensor, Tensor | None]]]:
     probe = Probe(network, placement)
     mode = Streams(probe, network.buffers_known)
+    args, kwargs = copied((args, kwargs))
     batch = at(placement.argument, args, kwargs)
     for x in tensors(args, kwargs):
         mode.put(x, exchanged(x, dim) if x is batch else None)

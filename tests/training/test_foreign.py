@@ -426,16 +426,81 @@ def test_a_recording_leaves_the_containers_that_go_in() -> None:
     assert batch == {"seen": [1]}
 
 
-def test_hooks_of_the_users_run_once() -> None:
+def test_forward_hooks_of_the_users_run_once() -> None:
     net, seen = fb.convert(made(filled), rule=fb.Fixed()), []
-
-    def before(module: nn.Module, args: Any) -> None:
-        seen.append("before")
-
-    net.b.register_forward_pre_hook(before)
     net.b.register_forward_hook(lambda *_: seen.append("behind"))
     net(X)
-    assert seen == ["before", "behind"]
+    assert seen == ["behind"]
+
+
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_pre_hooks_that_compute_a_weight_or_switch_a_layer_on(feedback: str) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.b(torch.tanh(net.a(x))))
+        return net.o(torch.tanh(net.d(h)) if net.on else h)
+
+    def weigh(m: nn.Module, _: Any) -> None:
+        m.weight = 2 * m.weight_orig
+
+    net: Any = made(forward)
+    net.d, net.on = nn.Linear(12, 12).double(), False
+    net.register_forward_pre_hook(lambda m, _: setattr(m, "on", True))
+    net.a.weight_orig = net.a._parameters.pop("weight")
+    net.a.register_forward_pre_hook(weigh)
+    net = fb.convert(net, feedback=feedback, rule=fb.Fixed())
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        gradients(net, criterion(net(X), Y))
+    assert len(fb.points(net)) == 3 and not net.feedback.stale
+    assert all(p.B is not None for p in fb.points(net).values())
+
+
+def test_a_recording_leaves_no_graph_and_no_gradient() -> None:
+    def adds(net: Net, x: Tensor) -> Tensor:
+        x += net.shift
+        net.seen.add_(x.mean(0))
+        net.aux(x.detach()).square().sum().backward()
+        return filled(net, x + net.seen)
+
+    found = []
+    for wrap in (lambda net: net, lambda net: fb.convert(net, feedback="layerwise", rule=fb.WeightTransport())):
+        net: Any = made(adds)
+        net.shift, net.aux = nn.Parameter(torch.ones(8, dtype=torch.float64)), nn.Linear(8, 12).double()
+        net.register_buffer("seen", torch.zeros(8, dtype=torch.float64))
+        torch.manual_seed(1)
+        nn.init.normal_(net.aux.weight), nn.init.zeros_(net.aux.bias)
+        net = wrap(net)
+        criterion = nn.CrossEntropyLoss() if not found else fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        batch = torch.cat((X, X))[:6]
+        criterion(net(batch), Y).backward(retain_graph=True)
+        found.append({k: p.grad for k, p in net.named_parameters() if "feedback" not in k})
+    equal({k: found[1][k] for k in found[0]}, found[0])
+
+
+def test_a_read_only_batch(tmp_path: Any) -> None:
+    np.save(tmp_path / "x.npy", X.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        x = torch.from_numpy(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    assert torch.equal(fb.convert(made(filled), rule=fb.Fixed())(x), made(filled)(X))
+
+
+def test_a_loss_weight_that_begins_to_learn() -> None:
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    on = [False]
+
+    def criterion(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, reduction="none") * (s.exp() if on[0] else 1)
+
+    net = fb.convert(made(filled), rule=fb.Joint())
+    loss = fb.PerturbedLoss(criterion, net)
+    loss(net(X), Y).mean().backward()
+    on[0] = True
+    out = net(X)
+    want = float(F.cross_entropy(out.detach(), Y))
+    loss(out, Y).mean().backward()
+    assert s.grad is not None
+    torch.testing.assert_close(float(s.grad), want)
 
 
 def test_what_a_hook_keeps_for_the_forward() -> None:
