@@ -218,7 +218,7 @@ class Recorder(TorchFunctionMode):
         if kind == "layer" and self.known_before(first, ins):
             assert isinstance(first, Tensor)
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if constant(weight, self.names):
+            if fixed_kernel(weight, self.names):
                 self.network.entered = ""
             else:
                 call.layer = self.layer(weight)
@@ -262,7 +262,7 @@ def _mask(name: str, args: tuple[Any, ...], ins: list[int]) -> bool:
     return type(mask) is Tensor and not mask.requires_grad and mask.ndim == x.ndim and mask.numel() == len(mask)
 
 
-def constant(weight: Tensor, names: Mapping[int, str]) -> bool:
+def fixed_kernel(weight: Tensor, names: Mapping[int, str]) -> bool:
     """Whether what looks like a layer is a function of the model's: a filter that blurs, with a buffer for its kernel."""
     return id(weight) not in names and not weight.requires_grad
 

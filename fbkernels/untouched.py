@@ -1,4 +1,5 @@
-"""A forward that leaves no trace: what it may write is put back where it lies, so that whoever else holds it sees no change."""
+"""A forward whose traces are put back where they lie, so that whoever else holds what it wrote sees no change: all but those of objects
+three deep in one another, of ``__slots__``, and of iterators that cannot be copied."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fbkernels.stream.chain import saved_hooks
+from fbkernels.stream.chain import outside
 
 _DEPTH = 2  # plain objects in one another: a trainer that a module knows leads to the data
 _WALKED_ALONE = ("_parameters", "_modules")  # a layer that the first call makes stays, and fully_shard exchanges parameters itself
@@ -42,9 +43,7 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
     if numpy:
         undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
-    # the user's hooks on saved tensors would see it; one that keeps what a node itself has made keeps both for ever
-    alone = contextlib.nullcontext() if saved_hooks() is None else torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same)
-    with torch.random.fork_rng(devices), alone:
+    with torch.random.fork_rng(devices), outside(None):  # nor do the user's hooks on saved tensors see it
         try:
             yield
         finally:
@@ -99,10 +98,6 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             _spare(attributes, [*attributes.items()])
         todo += ((v, depth) for v in values)
     return undo
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
 
 
 def _lazy(m: nn.Module) -> bool:

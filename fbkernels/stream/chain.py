@@ -221,7 +221,8 @@ def saved_hooks() -> Any:
 
 def outside(then: Any) -> Any:
     """What was put off before a checkpointed function began, or in one that has ended, is none that its second run repeats."""
-    return contextlib.nullcontext() if saved_hooks() is then else torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    # one that hands back what a node itself has made keeps both for ever
+    return contextlib.nullcontext() if saved_hooks() is then else torch.autograd.graph.saved_tensors_hooks(Tensor.detach, _same)
 
 
 def _same(t: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fbkernels._tree import at, copied, differs, flatten, tensors, where
 from fbkernels.layout import Rows
-from fbkernels.placement import Placement, Recorder, constant
+from fbkernels.placement import Placement, Recorder, fixed_kernel
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.stream.mode import Layer, Streams, shown
 from fbkernels.untouched import untouched
@@ -48,7 +48,7 @@ class Probe:
 
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
         weight = args[1] if len(args) > 1 else kwargs["weight"]
-        if constant(weight, self.placement.names):
+        if fixed_kernel(weight, self.placement.names):
             self.network.entered = ""
             return None
         name = self.placement.names.get(id(weight)) or self.network.entered or "layer"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, constant, used_twice
+from fbkernels.placement import Placement, fixed_kernel, used_twice
 from fbkernels.stream.chain import Chain, Waiting
 from fbkernels.training.autograd import Sent
 
@@ -104,7 +104,7 @@ class Step:
     def count(self, weight: Any) -> tuple[str, int] | None:
         """Which layer runs: its name, and how often it ran before in this step. None where it is no layer."""
         network = self.network
-        if constant(weight, self.placement.names):
+        if fixed_kernel(weight, self.placement.names):
             network.entered = ""
             return None
         name = self.placement.names.get(id(weight)) or network.entered or "layer"
