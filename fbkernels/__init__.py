@@ -1,8 +1,7 @@
 """Train networks by learned feedback weights instead of backprop's weight transport (Lansdell, Prakash & Kording, ICLR 2020)."""
 
-__version__ = "0.1.0"  # of the distribution too
-
 from fbkernels import functional, metrics, rules
+from fbkernels._version import version as __version__
 from fbkernels.convert import convert, flush, points, revert
 from fbkernels.fused_mlp import FusedMLP
 from fbkernels.loss import PerturbedLoss
@@ -18,6 +17,7 @@ __all__ = [
     "FusedMLP",
     "Linear",
     "PerturbedLoss",
+    "__version__",
     "backends",
     "build_info",
     "convert",

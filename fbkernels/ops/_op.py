@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fbkernels import __version__
 from fbkernels._check import one_of
 from fbkernels._compile import constant
+from fbkernels._version import version
 
 try:
     from fbkernels import _C
@@ -36,13 +36,13 @@ def digest(csrc: Path) -> str:
 
 def stale(build: Mapping[str, Any], csrc: Path) -> bool:
     """Whether the compiled part is of another version, or of other sources than those that lie beside the package."""
-    if build["version"] != __version__:
+    if build["version"] != version:
         return True
     return (csrc / "fused_mlp.h").exists() and build.get("sources") != digest(csrc)
 
 
 if stale(_C.build_info(), Path(__file__).parents[2] / "csrc"):
-    raise ImportError(f"{_C.__file__} was not compiled from the sources of fbkernels {__version__} that are here: run `pip install` again")
+    raise ImportError(f"{_C.__file__} was not compiled from the sources of fbkernels {version} that are here: run `pip install` again")
 
 C: Any = _C  # tests put an emulated one here
 BACKENDS = ("reference", "cpp", "triton", "cuda")
