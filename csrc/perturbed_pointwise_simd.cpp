@@ -35,6 +35,14 @@ FBK_INLINE f32v pool_in(f32v best, f32v v) {
 template <class T, Pool pool, Activation inner, bool differs>
 FBK_INLINE Pooled pooled(const Window& w, const T* map, const T* const (&differences)[2], f32v scale, f32v bias,
                          int64_t y, int64_t x, int64_t c, int64_t n) {
+  if constexpr (pool == Pool::none) {
+    int64_t at = (y * w.width + x) * w.channels + c;
+    f32v z = mul_add(load_some(map + at, n), scale, bias);
+    Pooled one{z, z, {}, {}};
+    for (int i = 0; i < 2; ++i)
+      if (differs && differences[i]) one.moved[i] = mul_add(load_some(differences[i] + at, n), scale, z);
+    return one;
+  }
   int64_t y0 = y * w.stride_h - w.padding_h, x0 = x * w.stride_w - w.padding_w;
   int64_t ky0 = y0 < 0 ? -y0 : 0, ky1 = w.height - y0 < w.kernel_h ? w.height - y0 : w.kernel_h;
   int64_t kx0 = x0 < 0 ? -x0 : 0, kx1 = w.width - x0 < w.kernel_w ? w.width - x0 : w.kernel_w;
@@ -92,8 +100,8 @@ static void run(const PerturbedPointwiseParams& p, int64_t sample, int64_t first
     noise(n, p.kind, 0, n.per_sample(p.kind));
   }
 
+  int64_t pixel = first / w.channels, c = first % w.channels, y = pixel / w.out_width, x = pixel % w.out_width;
   for (int64_t u = first; u < last;) {
-    int64_t pixel = u / w.channels, c = u % w.channels, y = pixel / w.out_width, x = pixel % w.out_width;
     int64_t end = u + w.channels - c < last ? w.channels : c + last - u;
     for (; c < end; c += lanes, u += lanes) {
       int64_t n = end - c;
@@ -117,6 +125,8 @@ static void run(const PerturbedPointwiseParams& p, int64_t sample, int64_t first
         }
     }
     u -= c - end;
+    c = 0;
+    if (++x == w.out_width) x = 0, ++y;  // a division costs as much as a vector
   }
 }
 

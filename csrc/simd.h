@@ -22,6 +22,7 @@ constexpr int bytes = 16;
 #endif
 constexpr int lanes = bytes / 4;
 typedef uint64_t u64v __attribute__((vector_size(bytes)));
+typedef int64_t i64v __attribute__((vector_size(bytes)));
 typedef uint32_t u32v __attribute__((vector_size(bytes)));
 typedef int32_t i32v __attribute__((vector_size(bytes)));
 typedef float f32v __attribute__((vector_size(bytes)));
@@ -60,6 +61,13 @@ FBK_INLINE f64v load(const double* from, int64_t n) {
   return (f64v)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), from);
 }
 FBK_INLINE void store(double* to, f64v v, int64_t n) { _mm512_mask_storeu_pd(to, __mmask8((1u << n) - 1), (__m512d)v); }
+#elif defined(__AVX2__)
+FBK_INLINE __m256i first_of_8(int64_t n) { return (__m256i)(i32v{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(n)); }
+FBK_INLINE __m256i first_of_4(int64_t n) { return (__m256i)(i64v{0, 1, 2, 3} < n); }
+FBK_INLINE f32v load(const float* from, int64_t n) { return (f32v)_mm256_maskload_ps(from, first_of_8(n)); }
+FBK_INLINE void store(float* to, f32v v, int64_t n) { _mm256_maskstore_ps(to, first_of_8(n), (__m256)v); }
+FBK_INLINE f64v load(const double* from, int64_t n) { return (f64v)_mm256_maskload_pd(from, first_of_4(n)); }
+FBK_INLINE void store(double* to, f64v v, int64_t n) { _mm256_maskstore_pd(to, first_of_4(n), (__m256d)v); }
 #else
 FBK_INLINE f32v load(const float* from, int64_t n) {
   f32v v{};
