@@ -55,13 +55,13 @@ def convert(
     however the model's forward calls them; the last such layer is the output and stays exact. FeedbackPoints that the model has already
     are used instead.
 
-    In ``layerwise`` feedback every nn.Linear and nn.Conv2d that reads a hidden activity has a B. Where that is no point's activity, or one
+    In ``layerwise`` feedback every Linear and convolution that reads a hidden activity has a B. Where that is no point's activity, or one
     that another layer reads already (a sum, what lies behind a pre-activation norm, a shortcut), the layer has a point at its input,
     ``NAME.input``; a point that no layer reads falls away. With ``points``, ``include`` or ``exclude`` what lies between the points is
     differentiated as it is, and so is nn.MultiheadAttention always.
 
     Args:
-        model: any module whose forward maps a batch to one tensor of outputs.
+        model: any module whose forward maps a batch to tensors of outputs: one, a tuple, a dict, a dataclass.
         feedback: "direct" (every point gets e B^T from the output) or "layerwise" (every layer hands its error down through B).
         rule: how B is learned; default ``Ridge()``.
         noise_std: sigma > 0, in units of the activities.

@@ -183,8 +183,8 @@ class Waiting:
         """A tensor of the result's shape without its values. In a compiled step the calls themselves run, and the compiler drops them."""
         if torch.compiler.is_compiling():
             return self.clean()
-        t = torch.empty((), dtype=self.dtype, device=self.source.device, requires_grad=self.grad)
-        return t.expand(self.shape)
+        t = torch.empty((), dtype=self.dtype, device=self.source.device).expand(self.shape)
+        return t.requires_grad_() if self.grad else t  # not before expand, which would make a node
 
     @contextlib.contextmanager
     def as_then(self) -> Iterator[None]:

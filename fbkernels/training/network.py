@@ -446,7 +446,7 @@ class Network(Stateful):
             else:
                 (G,) = part.gather(rule.update(m, self.state)[1])
                 m = replace(m, rows=len(G), part=None, gains=(None, G))
-        m.gains = finite(*(m.gains or rule.update(m, self.state)))
+        m.gains = finite(*(m.gains or rule.update(m, self.state)), self.looks)
         if self.static and self.scheduled is not None:
             for name in rule.statistics:
                 self.state[name] = known[name].copy_(self.state[name])
@@ -611,10 +611,13 @@ class Network(Stateful):
         return {**self.__dict__, **fresh}
 
 
-def finite(M: Gain, G: Tensor) -> tuple[Gain, Tensor]:
+def finite(M: Gain, G: Tensor, looks: bool) -> tuple[Gain, Tensor]:
     """The gains; zero, so that B stays as it is, where one of them has overflowed."""
     small = M[1] if isinstance(M, tuple) else M
-    ok = torch.isfinite(G.sum() if small is None else G.sum() + small.sum())
+    total = G.sum() if small is None else G.sum() + small.sum()
+    if looks and math.isfinite(float(total)):
+        return M, G
+    ok = torch.isfinite(total)
     G = torch.where(ok, G, 0.0)
     if small is None:
         return None, G
