@@ -288,11 +288,13 @@ def place(
     hidden: Callable[[str], bool],
     layerwise: bool,
     alone: bool,
+    shares: bool,
     kept: Mapping[tuple[str, str], list[int]],
     earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
-    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
+    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does. ``shares``: layerwise, a layer that runs several
+    times has one B for all of them; else, and in direct, a point, and a B, for each."""
     graph = _Graph(recorder, outputs)
     placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random), checkpoints=recorder.checkpoints)
     ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
@@ -305,8 +307,7 @@ def place(
         chain, last = _chain(c, graph, found)
         if chain is None or (found and not hidden(c.layer[0])):
             continue
-        if c.layer[1]:
-            raise ValueError(used_twice(c.layer[0]))
+        _known(c.layer)
         placement.layers[c.layer] = chain
         ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
     for i, c in enumerate(recorder.calls):
@@ -319,13 +320,13 @@ def place(
             if c.outs[0] in ends:
                 continue
             ends[c.outs[0]] = (i, Chain("", c.point, (), (), None, explicit=True))
-    if layerwise:
-        everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
-        return _reads(recorder, graph, placement, ends, everywhere, alone, earlier)
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise ValueError(used_twice(twice))
+    if layerwise:
+        everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
+        return _reads(recorder, graph, placement, ends, everywhere, alone, shares, earlier)
     placement.points = tuple(names)
     cut = set(ends)
     for c in recorder.calls:
@@ -338,12 +339,27 @@ def place(
 
 
 def used_twice(name: str) -> str:
-    if name == "layer":
-        return (
+    return f"point {name!r} runs twice in one forward: run both inputs as one batch (torch.cat), or let convert find the points"
+
+
+def run_of(layer: tuple[str, int]) -> str:
+    """The name of a layer's point: of its second run NAME:2."""
+    name, before = layer
+    return f"{name}:{before + 1}" if before else name
+
+
+def _known(layer: tuple[str, int]) -> None:
+    if layer[0] == "layer" and layer[1]:
+        raise ValueError(
             "two layers have weights that are no parameters, a tied one's weight.T perhaps, and feedback cannot tell them apart: "
             "exclude=['layer'] trains what is below them through these weights"
         )
-    return f"layer {name!r} is used twice in one forward: run both inputs as one batch (torch.cat), or use two layers"
+
+
+def layer_of(point: str) -> str:
+    """The inverse: the layer's name."""
+    name, _, run = point.rpartition(":")
+    return name if run.isdecimal() else point
 
 
 class _Graph:
@@ -407,7 +423,7 @@ def _chain(c: Call, graph: _Graph, found: bool) -> tuple[Chain | None, Call]:
         calls.pop()
     last = calls[-1]
     names = [name_of(k.func) for k in calls]
-    return _made(c, c.layer[0], calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
+    return _made(c, run_of(c.layer), calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
 
 
 def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], explicit: bool = False) -> Chain:
@@ -423,11 +439,13 @@ def _reads(
     ends: dict[int, tuple[int, Chain]],
     everywhere: bool,
     alone: bool,
+    shares: bool,
     earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's, is read already, or was
     another point's in an ``earlier`` recording."""
     claimed: list[str] = []
+    read: set[str] = set()  # by a layer that has its B elsewhere
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
             if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
@@ -440,20 +458,24 @@ def _reads(
         source = ends[v][1].point if v in ends and not (alone and shared) else ""
         if not source and not everywhere:
             continue
-        if c.layer[1]:
-            raise ValueError(used_twice(c.layer[0]))
+        _known(c.layer)
+        first = next((point for (name, _), point in placement.reads.items() if name == c.layer[0]), None) if shares else None
+        if first is not None:
+            read.add(source)
+            placement.reads[c.layer] = first
+            continue
         if not source or source in claimed or earlier.get(c.layer, source) != source:
-            source = f"{c.layer[0]}.input"
+            source = f"{run_of(c.layer)}.input"
         claimed.append(source)
         placement.reads[c.layer] = source
-    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in claimed]
+    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in (*claimed, *read)]
     if unread:
         raise ValueError(
             f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include "
             "and exclude, which gives each layer a B of its own"
         )
     placement.points = tuple(claimed)
-    placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
+    placement.answering = sum(recorder.sizes[name] for name in {name for name, _ in placement.reads})
     return placement
 
 

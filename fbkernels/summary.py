@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fbkernels.loss import PerturbedLoss, network_of, unwrap
+from fbkernels.placement import layer_of
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     rows = []
     for name, point in shown.points.items():
         B = point.B
-        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
+        layer, shape = type(root.get_submodule(layer_of(point.reads or name))).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
     title = (
         f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "

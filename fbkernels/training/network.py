@@ -18,7 +18,7 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels._tree import at, copied, differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, keeps, names_of, place
+from fbkernels.placement import Placement, Recorder, keeps, layer_of, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -210,6 +210,7 @@ class Network(Stateful):
             hidden=self.hidden,
             layerwise=settings.layerwise,
             alone=settings.rule.supervised,
+            shares=not settings.rule.measures,
             kept=kept,
             earlier={} if self.placement is None else self.placement.reads,
         )
@@ -545,7 +546,7 @@ class Network(Stateful):
                 path = key.removeprefix(prefix)
                 reader, layer = path.rpartition(".shared.readers.")[1:]
                 at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
-                if at in modules and self.settings.found and self.hidden(at):
+                if layer_of(at) in modules and self.settings.found and self.hidden(layer_of(at)):
                     self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
             points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
         needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()

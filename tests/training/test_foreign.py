@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -697,21 +698,86 @@ def test_tied_layers_and_one_for_two_inputs(feedback: str) -> None:
         h = torch.tanh(F.linear(torch.tanh(net.b(torch.tanh(net.a(x)))), net.b.weight.T))
         return net.o(torch.tanh(F.linear(torch.tanh(F.linear(h, net.a.weight.T)), net.c.weight[:, :8])))
 
-    def siamese(net: Net, x: Tensor) -> Tensor:
-        u, v = (torch.tanh(net.b(torch.tanh(net.a(t)))) for t in (x, x.flip(1)))
-        return net.o(u * v)
-
-    def batched(net: Net, x: Tensor) -> Tensor:
-        u, v = torch.tanh(net.b(torch.tanh(net.a(torch.cat((x, x.flip(1))))))).chunk(2)
-        return net.o(u * v)
-
     with pytest.raises(ValueError, match=r"no parameters, a tied one's weight.T perhaps, .*: exclude=\['layer'\] trains"):
         fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed())(X)
-    with pytest.raises(ValueError, match="layer 'a' is used twice in one forward: run both inputs as one batch"):
-        fb.convert(made(siamese), feedback=feedback, rule=fb.Fixed())(X)
-    for how, options in ((tied_twice, {"exclude": ["layer"]}), (batched, {})):
-        net = fb.convert(made(how), feedback=feedback, rule=fb.Fixed(), **options)
-        assert torch.equal(net(X), made(how)(X)) and len(fb.points(net)) == 2
+    net = fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed(), exclude=["layer"])
+    assert torch.equal(net(X), made(tied_twice)(X)) and len(fb.points(net)) == 2
+
+
+class Shared(nn.Module):
+    """Two branches and a state that is read again and again; ``apart``: a layer of its own for each run, with the same weights."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        a, b, self.o = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        other = copy.deepcopy if apart else lambda layer: layer
+        self.a, self.b = nn.ModuleList([a, other(a)]), nn.ModuleList([b, *(other(b) for _ in range(3))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = torch.tanh(self.b[0](torch.tanh(self.a[0](x)))), torch.tanh(self.b[1](torch.tanh(self.a[1](x.flip(1)))))
+        h = torch.tanh(self.b[2](u * v))
+        return self.o(torch.tanh(self.b[3](h) + u))
+
+
+def shared(apart: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return Shared(apart).double()
+
+
+def summed(got: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Of layers that each run once, in the name of the first."""
+    total: dict[str, Any] = {}
+    for name, g in got.items():
+        first = re.sub(r"\.\d", ".0", name)
+        total[first] = g if first not in total else total[first] + g
+    return total
+
+
+@pytest.mark.parametrize("rule", [fb.LMS(1e-3), fb.Ridge(), fb.Joint(), fb.Joint(signal="output"), fb.Fixed()], ids=repr)
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_layer_that_runs_several_times(feedback: str, rule: fb.Rule) -> None:
+    """It is as many layers, whose weights are the same, and their gradients are summed; layerwise, what is fixed is one B for all."""
+    if feedback not in rule.structures:
+        pytest.skip("no such rule")
+    nets = [fb.convert(shared(apart), feedback=feedback, rule=rule, noise_std=1e-3) for apart in (False, True)]
+    criteria = [fb.PerturbedLoss(nn.CrossEntropyLoss(), net) for net in nets]
+    for _ in range(3):
+        got, want = (gradients(net, criterion(net(X), Y)) for net, criterion in zip(nets, criteria, strict=True))
+        if feedback == "layerwise" and not rule.measures:
+            first = next(p for p in fb.points(nets[0]).values() if p.weight is nets[0].b[0].weight)
+            for p in fb.points(nets[1]).values():
+                p.B = first.B if p.B.shape == first.B.shape else fb.points(nets[0])[p.name].B
+            want = gradients(nets[1], criteria[1](nets[1](X), Y))
+        equal(got, summed(want))
+    names = [*fb.points(nets[0])]
+    assert len(names) == (6 if feedback == "direct" else 5 if rule.measures else 2)
+
+
+@pytest.mark.parametrize("rule", [fb.WeightTransport(), fb.WeightMirror()], ids=repr)
+def test_a_layer_that_runs_several_times_has_one_transported_weight(rule: fb.Rule) -> None:
+    plain, net = shared(False), fb.convert(shared(False), feedback="layerwise", rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        got = gradients(net, criterion(net(X), Y))
+    want = gradients(plain, nn.CrossEntropyLoss()(plain(X), Y))
+    for name, g in want.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-12)
+    other = fb.convert(shared(False), feedback="layerwise", rule=rule)
+    other.load_state_dict(net.state_dict())
+    assert len(fb.points(net)) == 2 and str(fb.summary(other, X))
+
+
+def test_points_of_a_layer_s_runs_are_saved() -> None:
+    net = fb.convert(shared(False), rule=fb.Ridge())
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()
+    assert [*fb.points(net)] == ["a.0", "b.0", "a.0:2", "b.0:2", "b.0:3", "b.0:4"] and str(fb.summary(net))
+    other = fb.convert(shared(False), rule=fb.Ridge())
+    other.load_state_dict(net.state_dict())
+    again = fb.PerturbedLoss(nn.CrossEntropyLoss(), other)
+    again(other(X), Y)
+    assert all(torch.equal(p.B, fb.points(other)[n].B) for n, p in fb.points(net).items())
+    angles = fb.metrics.alignment(net, nn.CrossEntropyLoss(), X, Y)
+    assert angles.keys() == fb.points(net).keys()
 
 
 def keeps(net: Net, x: Tensor) -> Tensor:
