@@ -42,7 +42,7 @@ class Placement:
     asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     kept: tuple[tuple[str, str], ...] = ()  # direct: module and attribute of what the model keeps behind a point, with a gradient
-    own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
+    own_weights: tuple[str, ...] = ()  # layerwise: functions, and by which weights of their own they carry the error
 
     @property
     def plain(self) -> bool:
@@ -68,7 +68,7 @@ class Call:
     layer: tuple[str, int] | None = None
     group: bool = False  # may stand between a layer and its point
     weighted: bool = False  # reads a tensor of the model's own
-    own: bool = False  # carries an error through parameters of its own
+    own: str = ""  # the parameter of its own that it carries an error through
     random: bool = False
     point: str = ""
 
@@ -98,6 +98,7 @@ class Recorder(TorchFunctionMode):
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
         self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
+        self.differentiated: list[int] = []  # values of which the model takes gradients itself
         self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
@@ -126,12 +127,23 @@ class Recorder(TorchFunctionMode):
             if self.nodes.get(node):
                 below = self.layer_below(self.nodes[node])
                 raise ValueError(
-                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap or an extension of "
-                    "C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs scripts so)"
+                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap, torch.autograd.grad "
+                    "or an extension of C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs "
+                    "scripts so)"
                 )
             if node not in seen and node not in self.nodes:
                 seen.add(node)
                 todo += [before for before, _ in node.next_functions if before is not None]
+
+    def parameter(self, t: Tensor) -> str:
+        """The name of the one that a weight is, or is computed of."""
+        todo: list[Any] = [t.grad_fn]
+        for node in todo:  # which grows
+            leaf = t if node is None else getattr(node, "variable", None)
+            if id(leaf) in self.names:
+                return self.names[id(leaf)]
+            todo += [] if node is None else [n for n, _ in node.next_functions if n is not None and n not in todo]
+        return "a tensor of its own"
 
     def layer_below(self, v: int) -> str:
         """The last layer that a value depends on."""
@@ -186,6 +198,8 @@ class Recorder(TorchFunctionMode):
         if kind in ("metadata", "gradient"):
             if same(func, _ASKS) and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
                 self.asked.add(self.known(args[0]))
+            if name in ("backward", "grad"):
+                self.differentiated += [v for t in tree_leaves(args[0]) if (v := self.known(t)) is not None]
             return func(*args, **kwargs)
         if not args and "input" in kwargs:
             args, kwargs = by_position(func, args, kwargs)
@@ -204,9 +218,9 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
-        call.own = name in OWN_WEIGHTS and any(
-            t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0 for t in tensors
-        )
+        if name in OWN_WEIGHTS:
+            own = (t for t in tensors if t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0)
+            call.own = next((self.parameter(t) for t in own), "")
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if ins and not buffer:
             call.outs = [self.value(t) for t in results]
@@ -324,6 +338,12 @@ def place(
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise ValueError(used_twice(twice))
+    crossed = set[int]().union(*(graph.before_of(v) for v in recorder.differentiated)) & ends.keys()
+    if crossed:
+        raise ValueError(
+            f"the forward differentiates what follows layer {recorder.layer_below(min(crossed))!r}, whose feedback point no such gradient "
+            "crosses: let these layers run once more for it, on what is detached"
+        )
     if layerwise:
         everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
         return _reads(recorder, graph, placement, ends, everywhere, alone, shares, earlier)
@@ -449,7 +469,7 @@ def _reads(
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
             if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
-                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
+                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, f"{name_of(c.func)} by {c.own!r}")))
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
         while v not in ends and v in graph.made and (graph.made[v].hook or name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS):

@@ -89,7 +89,7 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
     own = shown.placement.own_weights if shown.placement is not None else ()
-    title += f"\nno B, the error passes their own weights: {', '.join(own)}" * bool(own)
+    title += f"\nno B, the error passes the weights themselves: {', '.join(own)}" * bool(own)
     return Summary(rows, title, peak)
 
 

@@ -218,8 +218,8 @@ class Network(Stateful):
         if placement.own_weights and not self.named:
             self.named = True
             warnings.warn(
-                f"layerwise feedback: {', '.join(placement.own_weights)} carry the error through their own weights, which have no B: what "
-                "lies below them is trained by backprop through them; with feedback='direct' it is not",
+                f"layerwise feedback has no B for {', '.join(placement.own_weights)}: what lies below is trained by backprop through these "
+                "weights; with feedback='direct' it is not",
                 stacklevel=5,
             )
         if placement.asked and not self.named:
@@ -539,18 +539,22 @@ class Network(Stateful):
         if not theirs:
             return
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
-        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        modules, made = dict(root.named_modules(remove_duplicate=False)), set[str]()
+        points = {prefix + name: m for name, m in modules.items() if isinstance(m, FeedbackPoint)}
         if self.placement is None:  # which will show these points, at the first training forward
-            modules = dict(root.named_modules())
+            first = {m: n for n, m in root.named_modules()}  # of several names
             for key in found - points.keys():
                 path = key.removeprefix(prefix)
                 reader, layer = path.rpartition(".shared.readers.")[1:]
                 at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
+                at = first[modules[at]] if at in modules else at
                 if layer_of(at) in modules and self.settings.found and self.hidden(layer_of(at)):
-                    self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
-            points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+                    made.add(f"{at}.input" if reader and not layer.endswith("/") else at)
+            for name in made:
+                self._make(root, name)
+            points |= {prefix + n: m for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, FeedbackPoint)}
         needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()
-        if self.settings.rule.learned and not self.settings.layerwise and self.placement is None and not needed:
+        if self.settings.rule.learned and not (self.settings.layerwise or self.placement or needed or made):  # made: convert guessed wrong
             needed = {prefix + n for n, m in root.named_modules() if isinstance(m, FeedbackPoint) and m.name in self.points}
         if theirs[0].rpartition(".")[0] not in here or not found <= points.keys() or (found and needed - found):
             raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(points)}")

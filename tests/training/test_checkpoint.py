@@ -413,3 +413,22 @@ def test_a_checkpoint_resumes_in_bfloat16_whenever_it_is_loaded(feedback: str, r
             step(ours, i)
             step(other, i)
         same(state(ours), state(other))
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))  # type: ignore[no-any-return]
+
+
+def test_a_checkpoint_before_the_first_step_where_the_output_layer_is_not_the_last_one_made() -> None:
+    x, y = torch.randn(6, 8), torch.randint(4, (6,))
+    net, other = fb.convert(HeadFirst()), fb.convert(HeadFirst())
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), y).backward()
+    other.load_state_dict(net.state_dict())
+    other(x)
+    assert [*fb.points(other)] == ["a", "b"]
+    assert all(torch.equal(p.B, fb.points(other)[name].B) for name, p in fb.points(net).items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import random
 import re
 import threading
@@ -375,22 +376,37 @@ class Box:
     n = 0
 
 
+class Tight:
+    __slots__ = ("n", "seen")
+
+    def __init__(self) -> None:
+        self.n, self.seen = 0, [0]
+
+
 class Keeper(Net):
     """Keeps and writes whatever a forward can."""
 
     def __init__(self) -> None:
         super().__init__(filled)
-        self._steps, self.box, self.array = 0, Box(), np.zeros(1)
+        self._steps, self.box, self.tight, self.array = 0, Box(), Tight(), np.zeros(1)
         self.stats: Any = {"seen": {"n": 0}, "log": []}
         self.count: Any = collections.Counter()
         self.random, self.numpy, self.torch = random.Random(0), np.random.default_rng(0), torch.Generator().manual_seed(0)
         self.draws, self.target = iter(range(99)), nn.Linear(8, 16).requires_grad_(False)
+        self.turns: Any = {"cycle": itertools.cycle("abc"), "made": (i * i for i in range(99))}
+        self.pairs = [zip(range(99), itertools.chain(range(3), range(99)), strict=False)]
+        self.optimizer = torch.optim.SGD(self.c.parameters(), 0.1, momentum=0.9)
 
     def forward(self, x: Tensor) -> Any:
         x.sub_(1).mul_(0.5)
         self._steps, self.box.n, self.last = self._steps + 1, self.box.n + 1, x.sum().item()
         self.stats["seen"]["n"] += 1
-        self.stats["log"].append(next(self.draws))
+        self.stats["log"] += [next(self.draws), next(self.turns["cycle"]), next(self.turns["made"]), next(self.pairs[0])]
+        self.tight.n += 1
+        self.tight.seen.append(self.tight.n)
+        self.optimizer.zero_grad()
+        self.c(x.detach().repeat(1, 2)).square().mean().backward()
+        self.optimizer.step()
         self.count["n"] += 1
         self.array += 1
         drawn = self.random.random() + self.numpy.random() + torch.rand((), generator=self.torch, dtype=x.dtype)
@@ -400,21 +416,24 @@ class Keeper(Net):
         return super().forward(x) + drawn + self.target(x).sum(1, keepdim=True)
 
     def kept(self) -> Any:
-        return self._steps, self.box.n, self.last, self.stats, self.count, self.array.tolist(), next(self.draws)
+        plain = self._steps, self.box.n, self.last, self.stats, self.count, self.array.tolist(), self.tight.n, self.tight.seen
+        return *plain, next(self.draws), next(self.turns["cycle"]), next(self.turns["made"]), next(self.pairs[0])
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_the_first_step_leaves_what_the_plain_one_does(feedback: str) -> None:
     torch.manual_seed(0)
     plain, x = Keeper().double(), X.clone()
-    net, own = fb.convert(copy.deepcopy(plain), feedback=feedback, rule=fb.Fixed()), X.clone()
+    torch.manual_seed(0)
+    net, own = fb.convert(Keeper().double(), feedback=feedback, rule=fb.Fixed()), X.clone()
     stats = net.stats
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(net(own), plain(x))
         assert torch.equal(own, x)
     assert net.kept() == plain.kept()
     assert net.stats is stats
-    equal(dict(net.target.named_parameters()), dict(plain.target.named_parameters()))
+    for layer in ("target", "c"):
+        equal(dict(getattr(net, layer).named_parameters()), dict(getattr(plain, layer).named_parameters()))
 
 
 def test_a_recording_leaves_the_containers_that_go_in() -> None:
@@ -604,8 +623,35 @@ def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
     cell = getattr(nn, name)(16, 12).double() if name.endswith("Cell") else None
     net = made(forward)
     net.cell = cell
-    with pytest.warns(UserWarning, match="carry the error through their own weights, which have no B"):
+    which = {"product": "matmul by 'c'", "einsum": "einsum by 'b'", "inner": "inner by 'b'"}.get(name, "[a-z_]*cell by 'cell.weight_ih'")
+    with pytest.warns(UserWarning, match=f"layerwise feedback has no B for {which}: what lies below"):
         fb.convert(net, feedback="layerwise", rule=fb.Fixed())(X)
+
+
+def test_a_gradient_inside_of_a_forward() -> None:
+    """Of layers that run for it alone it is the plain one; through a point it is refused."""
+
+    def moved(net: Net, x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(net.o(torch.tanh(net.b(torch.tanh(net.a(z := x.detach().requires_grad_()))))).sum(), z)
+        return net.o(torch.tanh(net.b(torch.tanh(net.a(x - g)))))
+
+    def crosses(net: Net, x: Tensor) -> Tensor:
+        out = net.o(torch.tanh(net.b(h := torch.tanh(net.a(x)))))
+        return out + torch.autograd.grad(out.sum(), h, retain_graph=True)[0].mean(1, keepdim=True)
+
+    def differentiated(net: Net, x: Tensor) -> Tensor:
+        out = net.o(torch.tanh(net.a(z := x.detach().requires_grad_()))[:, :12])
+        return torch.autograd.grad(out.sum(), z, create_graph=True)[0]
+
+    for feedback in ("direct", "layerwise"):
+        net = fb.convert(made(moved), feedback=feedback, rule=fb.WeightTransport() if feedback == "layerwise" else fb.Fixed())
+        got = gradients(net, fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y))
+        want = exact(made(moved))
+        equal(*({n: g[n] for n in want if feedback == "layerwise" or n == "o.weight"} for g in (got, want)))
+        with pytest.raises(ValueError, match="the forward differentiates what follows layer 'a', whose feedback point no such gradient"):
+            fb.convert(made(crosses), feedback=feedback)(X)
+        with pytest.raises(ValueError, match=r"what follows layer '.' runs where torch shows no calls, .* torch\.autograd\.grad"):
+            fb.convert(made(differentiated), feedback=feedback)(X)
 
 
 # what changes between two steps
@@ -773,8 +819,7 @@ def test_points_of_a_layer_s_runs_are_saved() -> None:
     assert [*fb.points(net)] == ["a.0", "b.0", "a.0:2", "b.0:2", "b.0:3", "b.0:4"] and str(fb.summary(net))
     other = fb.convert(shared(False), rule=fb.Ridge())
     other.load_state_dict(net.state_dict())
-    again = fb.PerturbedLoss(nn.CrossEntropyLoss(), other)
-    again(other(X), Y)
+    other(X)
     assert all(torch.equal(p.B, fb.points(other)[n].B) for n, p in fb.points(net).items())
     angles = fb.metrics.alignment(net, nn.CrossEntropyLoss(), X, Y)
     assert angles.keys() == fb.points(net).keys()
