@@ -379,7 +379,7 @@ def _known(layer: tuple[str, int]) -> None:
 def layer_of(point: str) -> str:
     """The inverse: the layer's name."""
     name, _, run = point.rpartition(":")
-    return name if run.isdecimal() else point
+    return name if name and run.isdecimal() else point
 
 
 class _Graph:

@@ -40,10 +40,7 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
             undo.append(reset)
     for p in net.parameters():
         undo += [partial(setattr, p, "grad", p.grad), *([] if p.grad is None else _tensor(p.grad))]
-    numpy: Any = sys.modules.get("numpy")
-    undo.append(partial(random.setstate, random.getstate()))
-    if numpy:
-        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo += [state for g in shared_generators() if (state := drawn(g)) is not None]
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
     with torch.random.fork_rng(devices), outside(None):  # nor do the user's hooks on saved tensors see it
         try:
@@ -66,7 +63,7 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             seen[id(x)] = x
             undo += _tensor(x)
             continue
-        if (state := _state(x)) is not None:
+        if (state := drawn(x) or _array(x)) is not None:
             seen[id(x)] = x
             undo.append(state)
             continue
@@ -133,7 +130,15 @@ def _tensor(t: Tensor) -> list[Callable[[], None]]:
     return [back]
 
 
-def _state(x: Any) -> Callable[[], object] | None:
+def shared_generators() -> list[Any]:
+    """Python's, numpy's and torch's own."""
+    numpy: Any = sys.modules.get("numpy")
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [random._inst, *([numpy.random.mtrand._rand] if numpy else []), torch.default_generator, *cuda]
+
+
+def drawn(x: Any) -> Callable[[], object] | None:
+    """What lets a generator draw once more what it will draw from now on; None of what is no generator."""
     if isinstance(x, random.Random) and not isinstance(x, random.SystemRandom):
         return partial(x.setstate, x.getstate())
     if isinstance(x, torch.Generator):
@@ -145,9 +150,12 @@ def _state(x: Any) -> Callable[[], object] | None:
         return partial(x.set_state, x.get_state())
     if isinstance(x, numpy.random.Generator):
         return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
-    if isinstance(x, numpy.ndarray) and x.flags.writeable:
-        return partial(numpy.copyto, x, x.copy())
     return None
+
+
+def _array(x: Any) -> Callable[[], object] | None:
+    numpy: Any = sys.modules.get("numpy")
+    return partial(numpy.copyto, x, x.copy()) if numpy and isinstance(x, numpy.ndarray) and x.flags.writeable else None
 
 
 def _refill(x: Any, values: list[Any]) -> None:

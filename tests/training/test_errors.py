@@ -417,7 +417,6 @@ def test_layerwise_needs_a_layer_that_reads_the_point() -> None:
         fb.convert(Pre(), feedback="layerwise", points=["a", "b"])(X)
 
 
-
 def test_a_supervised_layer_learns_from_its_own_part_of_a_gradient() -> None:
     net = fb.convert(Fan(), feedback="layerwise", rule=fb.SyntheticGradient(0.1))
     fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()

@@ -523,6 +523,70 @@ def test_a_loss_weight_that_begins_to_learn() -> None:
     torch.testing.assert_close(float(s.grad), want)
 
 
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [("one loss a row", {}), ("one loss a row", {"fraction": 0.5, "antithetic": True}), ("one loss for three rows", {})],
+)
+def test_losses_that_begin_to_depend_on_each_other(layout: str, how: dict[str, Any]) -> None:
+    on, n = [0.0], 6
+
+    def criterion(z: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(z.flatten(0, -2), y.repeat(len(z.flatten(0, -2)) // n), reduction="none").view(n, -1).mean(1)
+        return losses + on[0] * losses * losses.flip(0)
+
+    x = X if layout == "one loss a row" else X.repeat(3, 1).view(3, 6, 8).transpose(0, 1) * torch.tensor([[[1.0], [2.0], [3.0]]])
+    plain = made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x))))).flatten(0, -2))
+    net, c = fb.convert(copy.deepcopy(plain), rule=fb.LMS(1e-3), **how), torch.linspace(1, 2, n, dtype=torch.float64)
+    loss = fb.PerturbedLoss(criterion, net)
+    for on[0] in (0.0, 0.0, 0.5):
+        got = gradients(net, (loss(net(x), Y) * c).sum())
+        want = gradients(plain, (criterion(plain(x), Y) * c).sum())
+        equal({"o.weight": got["o.weight"]}, {"o.weight": want["o.weight"]})
+
+
+GENERATOR, DRAWS = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.generator, self.draw, self.begun = torch.Generator().manual_seed(0), draw, False
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.square().sum(1) * (1 + self.draw(self) if self.begun else 1)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda c: torch.rand(()).double(),
+        lambda c: random.random(),
+        lambda c: float(np.random.rand()),
+        lambda c: torch.rand((), generator=c.generator).double(),
+        lambda c: torch.rand((), generator=GENERATOR).double(),
+        lambda c: DRAWS.random(),
+    ],
+    ids=["torch", "random", "numpy", "its own", "a global one", "numpy's global one"],
+)
+@pytest.mark.parametrize("how", [{}, {"fraction": 0.5, "antithetic": True}], ids=repr)
+def test_a_criterion_that_begins_to_draw(draw: Callable[[Any], Any], how: dict[str, Any]) -> None:
+    """Both streams draw the same numbers, and one step draws once."""
+    criterion = Drawing(draw)
+    net = fb.convert(made(filled), rule=fb.LMS(1e-3), noise_std=1e-6, **how)
+    loss = fb.PerturbedLoss(criterion, net)
+    for step in range(3):
+        criterion.begun = step > 0
+        out = net(X)
+        again = loss.per_sample.states()
+        value = loss(out, Y)
+        after = draw(criterion)
+        assert net.feedback.points["a"].pending.loss_change.abs().max() < 1e-4
+        for back in again:
+            back()
+        torch.testing.assert_close(value.detach(), criterion(out, Y).detach())
+        assert float(after) == float(draw(criterion))
+
+
 def test_what_a_hook_keeps_for_the_forward() -> None:
     def hooked(net: Net, x: Tensor) -> Tensor:
         torch.tanh(net.a(x))
