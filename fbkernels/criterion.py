@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import math
+import pickle
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,10 @@ class PerSample:
         """Of the generators that it may draw from."""
         return [state for g in (*shared_generators(), *self.generators) if (state := drawn(g)) is not None]
 
+    def drew(self, before: list[Callable[[], object]]) -> bool:
+        """Whether it has drawn since."""
+        return [*map(_bytes, before)] != [*map(_bytes, self.states())]
+
     @contextlib.contextmanager
     def drawn_again(self, states: list[Callable[[], object]] | None = None) -> Iterator[None]:
         """The generators draw from those states on, and are then what they were."""
@@ -201,6 +206,11 @@ class PerSample:
         if self.reduction == "batchmean":
             return losses.mean()
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+def _bytes(state: Any) -> bytes:
+    value = state.args[-1]
+    return value.numpy().tobytes() if isinstance(value, Tensor) else pickle.dumps(value)
 
 
 def _held(criterion: Any) -> Iterator[Any]:

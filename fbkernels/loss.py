@@ -314,8 +314,7 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
-    whole = moves and not (per_sample.plain or torch.compiler.is_compiling() or capturing(y))  # a criterion of the user's may draw or mix
-    states = per_sample.states() if whole else None
+    states = None if not moves or per_sample.plain or torch.compiler.is_compiling() or capturing(y) else per_sample.states()
     losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples, layouts)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
@@ -331,7 +330,7 @@ def signals(
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
             ]
             rows = len(y)
-            if whole:  # the same numbers for each row
+            if states is not None and (per_sample.coupled or per_sample.drew(states)):  # the same numbers, and company, for each row
                 sides_of = [step.sides(leaves[i].detach().double(), d) for i, d in zip(at, ds, strict=True)]
                 drawn_alike = []
                 for moved_leaves in zip(*sides_of, strict=True):

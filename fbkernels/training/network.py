@@ -537,6 +537,10 @@ class Network(Stateful):
         here = {k.rpartition(".")[0] for k in own if k.endswith(".shared.step")}
         theirs = [k for k in state_dict if k.endswith(".shared.method")]
         if not theirs:
+            ours = next(iter(here), "")
+            if state_dict and ours and f"{ours}.step" not in state_dict and (self.step.is_meta or not int(self.step)):  # the plain model's
+                self._restart(next(iter(state_dict.values())).device if self.step.is_meta else self.step.device)
+                state_dict |= {f"{ours}.step": self.step, f"{ours}.skipped": self.skipped}
             return
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
         modules, made = dict(root.named_modules(remove_duplicate=False)), set[str]()
@@ -583,8 +587,14 @@ class Network(Stateful):
         destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.moved = True
-        return super()._apply(fn, recurse)
+        self.moved, made = True, self.step.is_meta
+        super()._apply(fn, recurse)
+        if made and not self.step.is_meta:  # to_empty
+            self._restart(self.step.device)
+        return self
+
+    def _restart(self, device: torch.device) -> None:
+        self.step, self.skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -237,6 +237,19 @@ def test_a_plain_checkpoint_loads() -> None:
     train(net, 0, 2)
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_plain_checkpoint_fills_a_network_on_meta(assign: bool) -> None:
+    plain, want = cnn(seed=1), fb.convert(cnn(seed=1), rule=fb.Ridge())
+    with torch.device("meta"):
+        net = fb.convert(cnn(), rule=fb.Ridge())
+    if not assign:
+        net.to_empty(device="cpu")
+    net.load_state_dict(plain.state_dict(), assign=assign)
+    train(net, 0, 2)
+    train(want, 0, 2)
+    same(state(net), state(want))
+
+
 def test_a_plain_checkpoint_leaves_B_and_the_step_together() -> None:
     """Loading W alone into a network in training must not leave a B that belongs to another step."""
     net = convert("direct", "ridge")
