@@ -147,7 +147,7 @@ def drawn(x: Any) -> Callable[[], object] | None:
     if numpy is None:
         return None
     if isinstance(x, numpy.random.RandomState):
-        return partial(x.set_state, x.get_state())
+        return partial(x.set_state, x.get_state(legacy=False))
     if isinstance(x, numpy.random.Generator):
         return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
 import itertools
 import random
 import re
@@ -779,6 +780,17 @@ def test_what_a_model_refers_to_stays_the_users() -> None:
     assert torch.equal(net.eval()(X), model.eval()(X))
     assert net.lock is model.lock and net.draws is model.draws
     assert net.layers["o"][0] is net.o is not model.o and net.layers["o"][1] is settings
+
+
+def test_a_function_that_encloses_the_model_is_told() -> None:
+    model: Any = made(lambda net, x: net.o(net.drop(torch.tanh(net.b(torch.tanh(net.a(x)))))))
+    model.drop = lambda h: F.dropout(h, training=model.training)
+    with pytest.warns(UserWarning, match="attribute 'drop' is a function that encloses the model itself, and the converted one is a copy"):
+        fb.convert(model)
+    model.drop = functools.partial(F.dropout, p=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fb.convert(model)
 
 
 def test_a_compiled_part_is_refused() -> None:
