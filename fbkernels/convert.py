@@ -9,6 +9,7 @@ import functools
 import gc
 import inspect
 import types
+import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -108,6 +109,13 @@ def convert(
         raise ValueError(
             f"{where} has a forward of its own that encloses the model itself, and the converted one is a copy: "
             "write a function of the module, and set module.forward = types.MethodType(function, module)"
+        )
+    held = next((f"{n}.{k}" if n else k for n, m in model.named_modules() for k, v in m.__dict__.items() if _encloses(v, modules)), None)
+    if held is not None:
+        warnings.warn(
+            f"attribute {held!r} is a function that encloses the model itself, and the converted one is a copy, whose training mode and "
+            "attributes it does not see: write a method",
+            stacklevel=2,
         )
     one_of("feedback", feedback, ("direct", "layerwise"))
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))

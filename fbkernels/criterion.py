@@ -8,7 +8,9 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator
+import pickle
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fbkernels._tree import differs
+from fbkernels.layout import Layout
+from fbkernels.untouched import drawn, shared_generators
 
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -50,8 +54,8 @@ class PerSample:
         self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
         self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
         self.compared = 0
-        self.random: bool | None = None  # whether it draws random numbers; None: not known yet
-        self.looked = False  # at its graph, which has shown:
+        self.generators = [] if self.plain else [v for v in _held(criterion) if drawn(v) is not None]  # of its own
+        self.steps = 0  # of which its graph was looked at, and has shown:
         self.coupled = False  # a sample's loss depends on the outputs of others
         self.others = False  # a gradient goes to more than the output: a target, weights of the loss
 
@@ -147,12 +151,11 @@ class PerSample:
         self.compared += 1
         if losses.is_cuda and self.compared & (self.compared - 1):  # to look synchronises: at steps 1, 2, 4, 8, ...
             return
-        devices = [losses.device] if losses.is_cuda else []
         for again in (False, True):
-            with torch.random.fork_rng(devices):
+            with self.drawn_again():
                 own = float(self._run(output, target, self.reduction))
             if again:  # a random criterion has drawn other numbers
-                with torch.random.fork_rng(devices):
+                with self.drawn_again():
                     losses = self(output, target, samples=len(losses))
             ours = float(self.reduce(losses))
             if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
@@ -162,6 +165,26 @@ class PerSample:
             f"criterion {name} has a {self.reduction} of {own:.6g}, and its per-sample losses "
             f"have {ours:.6g}: give it reduction='none', or pass a function that returns a loss for each sample, and average them yourself"
         )
+
+    def states(self) -> list[Callable[[], object]]:
+        """Of the generators that it may draw from."""
+        return [state for g in (*shared_generators(), *self.generators) if (state := drawn(g)) is not None]
+
+    def drew(self, before: list[Callable[[], object]]) -> bool:
+        """Whether it has drawn since."""
+        return [*map(_value, before)] != [*map(_value, self.states())]
+
+    @contextlib.contextmanager
+    def drawn_again(self, states: list[Callable[[], object]] | None = None) -> Iterator[None]:
+        """The generators draw from those states on, and are then what they were."""
+        now = self.states()
+        try:
+            for back in states or ():
+                back()
+            yield
+        finally:
+            for back in now:
+                back()
 
     def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
         """What makes a mean of per-sample losses the criterion's, where class weights and ignored targets count; None for 1."""
@@ -183,6 +206,32 @@ class PerSample:
         if self.reduction == "batchmean":
             return losses.mean()
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+
+def _value(state: Any) -> Any:
+    value = state.args[-1]
+    return value.numpy().tobytes() if isinstance(value, Tensor) else value if isinstance(value, tuple) else pickle.dumps(value)
+
+
+def _held(criterion: Any) -> Iterator[Any]:
+    """What a criterion has: as attributes, as arguments, from around it, by a global name; and what its functions have."""
+    held, seen = [criterion], set[int]()
+    for x in held:  # which grows
+        if id(x) in seen:
+            continue
+        seen.add(id(x))
+        yield x
+        if str(getattr(x, "__module__", "")).startswith("torch."):
+            continue
+        if isinstance(x, functools.partial):
+            held += [x.func, *x.args, *x.keywords.values()]
+        elif isinstance(x, types.MethodType):
+            held += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
+        elif isinstance(x, types.FunctionType):
+            around = inspect.getclosurevars(x)
+            held += [*around.nonlocals.values(), *around.globals.values()]
+        elif x is criterion or isinstance(x, nn.Module):
+            held += [getattr(x, "forward", x.__call__), *vars(x).values(), *getattr(x, "_modules", {}).values()]
 
 
 @contextlib.contextmanager
@@ -256,19 +305,22 @@ def others(losses: Tensor, z: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(found.values())
 
 
-def couples(losses: Tensor, z: list[Tensor], e: tuple[Tensor | None, ...]) -> bool:
+def couples(losses: Tensor, z: list[Tensor], e: tuple[Tensor | None, ...], layouts: Sequence[Layout | None]) -> bool:
     """Whether a loss depends on rows of the output that are another's."""
     c = torch.linspace(1, 2, len(losses), dtype=losses.dtype, device=losses.device)
-    for g, own in zip(torch.autograd.grad(losses, z, c, retain_graph=True, allow_unused=True), e, strict=True):
-        if g is not None and own is not None and g.numel() and len(own) == len(c):
-            want = own * c.view(-1, *[1] * (own.ndim - 1))
-            if not torch.allclose(g, want, rtol=1e-6, atol=1e-6 * float(want.nan_to_num(0.0, 0.0, 0.0).abs().max()), equal_nan=True):
+    for g, own, layout in zip(torch.autograd.grad(losses, z, c, retain_graph=True, allow_unused=True), e, layouts, strict=True):
+        if g is not None and own is not None and g.numel() and (layout is not None or len(own) == len(c)):
+            want = own * c.view(-1, *[1] * (own.ndim - 1)) if layout is None or len(own) == len(c) else layout.scaled(own, c)
+            size = want.abs()
+            if bool(((g - want).abs() > 1e-6 * (size + size.max())).any()):  # which nan is not
                 return True
     return False
 
 
-def error(per_sample: PerSample, output: Any, target: Any, samples: int = -1) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
-    """A loss for each row, and e = dL/doutput in the shape of each tensor of the output, all float64."""
+def error(
+    per_sample: PerSample, output: Any, target: Any, samples: int = -1, layouts: Sequence[Layout] = ()
+) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
+    """A loss for each row, and e = dL/doutput in the shape of each tensor of the output, all float64; ``layouts`` of these."""
     leaves, spec = tree_flatten(tree_map_only(Tensor, lambda t: t.double() if differs(t) else t, output))
     at = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
     more = per_sample.others or (isinstance(target, Tensor) and target.requires_grad)
@@ -294,15 +346,16 @@ def error(per_sample: PerSample, output: Any, target: Any, samples: int = -1) ->
             leaves[i] = t.view_as(t)  # hooks of FlopCounterMode's on a criterion's inputs expect no leaves
         losses = per_sample(tree_unflatten(leaves, spec), target, samples=samples, clean=True)
         captured = losses.is_cuda and torch.cuda.is_current_stream_capturing()
-        first = not (per_sample.looked or losses.is_meta or captured)
-        looks = first or more or not per_sample.plain  # a criterion of the user's may begin to, at any step
-        beside = others(losses, z) if looks else ()
-        e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=first or bool(beside) or per_sample.coupled)
+        free, own = not (losses.is_meta or captured), not per_sample.plain  # which may begin to, at any step
+        beside = others(losses, z) if own or more or (free and per_sample.steps == 0) else ()
+        per_sample.steps += free
+        seldom = losses.is_cuda and per_sample.steps & (per_sample.steps - 1)  # as to look at numbers synchronises
+        compares = own and free and not (per_sample.coupled or seldom)
+        e = torch.autograd.grad(losses.sum(), z, allow_unused=True, retain_graph=compares or bool(beside) or per_sample.coupled)
         if beside:
             per_sample.others = True
-        if first:
-            per_sample.looked = len(losses) > 1
-            per_sample.coupled = not per_sample.plain and couples(losses, z, e)
+        if compares:
+            per_sample.coupled = couples(losses, z, e, layouts or [None] * len(z))
         weighted = Weighted(losses, tuple(z), beside, per_sample.coupled) if beside or per_sample.coupled else None
     with torch.no_grad():
         per_sample.compare(tree_unflatten([t.detach() if isinstance(t, Tensor) else t for t in leaves], spec), target, losses)

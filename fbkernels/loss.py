@@ -18,7 +18,6 @@ from fbkernels import ops
 from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
-from fbkernels.stream.differences import drawn_again, generators
 from fbkernels.training.autograd import Deliver
 from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
@@ -315,13 +314,8 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
-    drawn = None
-    if not (per_sample.plain or per_sample.random is False or torch.compiler.is_compiling() or capturing(y)):
-        drawn = generators(y.device)
-    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
-    if drawn is not None:
-        pairs = zip(drawn, generators(y.device), strict=True)
-        per_sample.random = bool(per_sample.random) or any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
+    states = None if not moves or per_sample.plain or torch.compiler.is_compiling() or capturing(y) else per_sample.states()
+    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples, layouts)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
         dy = torch.cat(sides, 1) * 0
@@ -336,13 +330,13 @@ def signals(
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
             ]
             rows = len(y)
-            if per_sample.random:  # the same numbers for each row
+            if states is not None and (per_sample.coupled or per_sample.drew(states)):  # the same numbers, and company, for each row
                 sides_of = [step.sides(leaves[i].detach().double(), d) for i, d in zip(at, ds, strict=True)]
                 drawn_alike = []
                 for moved_leaves in zip(*sides_of, strict=True):
                     for i, t in zip(at, moved_leaves, strict=True):
                         leaves[i] = t
-                    with drawn_again(drawn, y.device):
+                    with per_sample.drawn_again(states):
                         drawn_alike.append(
                             samplewise(step, layouts[0], per_sample(unflatten(leaves, spec), target, samples=step.samples))[:n]
                         )
@@ -353,8 +347,8 @@ def signals(
                 for i in beside:
                     leaves[i] = step.rows(leaves[i])
                 targets = tree_map_only(Tensor, lambda t: step.rows(t) if step.partial() and t.ndim and len(t) == rows else t, target)
-                whole = target if isinstance(target, Tensor) else None
-                L = per_sample(unflatten(leaves, spec), targets, whole, samples=n * (1 + step.antithetic))
+                every = target if isinstance(target, Tensor) else None
+                L = per_sample(unflatten(leaves, spec), targets, every, samples=n * (1 + step.antithetic))
             if step.antithetic:
                 dL = (L[:n] - L[n:]) / 2
                 dy = torch.cat([layout.units_of((d[:n] - d[n:]) / 2, n) for layout, d in zip(layouts, ds, strict=True)], 1)

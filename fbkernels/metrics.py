@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels.criterion import PerSample, error
 from fbkernels.loss import PerturbedLoss, attach, network_of, signals, unwrap
+from fbkernels.placement import layer_of
 from fbkernels.training.network import Network
 from fbkernels.training.step import Step
 
@@ -138,6 +139,7 @@ def _flat(step: Step, e: tuple[Tensor, ...]) -> Tensor:
 
 def _layer(net: nn.Module, name: str) -> nn.Module:
     """The module that a point is behind, or that the weight of its layer belongs to."""
+    name = layer_of(name)
     while name:
         with contextlib.suppress(AttributeError):
             return net.get_submodule(name)

@@ -42,7 +42,7 @@ class Placement:
     asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     kept: tuple[tuple[str, str], ...] = ()  # direct: module and attribute of what the model keeps behind a point, with a gradient
-    own_weights: tuple[str, ...] = ()  # layerwise: functions that carry the error through their own weights
+    own_weights: tuple[str, ...] = ()  # layerwise: functions, and by which weights of their own they carry the error
 
     @property
     def plain(self) -> bool:
@@ -68,7 +68,7 @@ class Call:
     layer: tuple[str, int] | None = None
     group: bool = False  # may stand between a layer and its point
     weighted: bool = False  # reads a tensor of the model's own
-    own: bool = False  # carries an error through parameters of its own
+    own: str = ""  # the parameter of its own that it carries an error through
     random: bool = False
     point: str = ""
 
@@ -98,6 +98,7 @@ class Recorder(TorchFunctionMode):
         self.checkpoints = False
         self.fresh: dict[int, Tensor] = {}  # made in this forward, of no value; kept, so that no identity is used again
         self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
+        self.differentiated: list[int] = []  # values of which the model takes gradients itself
         self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
@@ -126,12 +127,23 @@ class Recorder(TorchFunctionMode):
             if self.nodes.get(node):
                 below = self.layer_below(self.nodes[node])
                 raise ValueError(
-                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap or an extension of "
-                    "C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs scripts so)"
+                    f"what follows layer {below!r} runs where torch shows no calls, in torch.jit.script, torch.vmap, torch.autograd.grad "
+                    "or an extension of C++, and layers below would get no learned gradient: write it in plain torch (PYTORCH_JIT=0 runs "
+                    "scripts so)"
                 )
             if node not in seen and node not in self.nodes:
                 seen.add(node)
                 todo += [before for before, _ in node.next_functions if before is not None]
+
+    def parameter(self, t: Tensor) -> str:
+        """The name of the one that a weight is, or is computed of."""
+        todo: list[Any] = [t.grad_fn]
+        for node in todo:  # which grows
+            leaf = t if node is None else getattr(node, "variable", None)
+            if id(leaf) in self.names:
+                return self.names[id(leaf)]
+            todo += [] if node is None else [n for n, _ in node.next_functions if n is not None and n not in todo]
+        return "a tensor of its own"
 
     def layer_below(self, v: int) -> str:
         """The last layer that a value depends on."""
@@ -186,6 +198,8 @@ class Recorder(TorchFunctionMode):
         if kind in ("metadata", "gradient"):
             if same(func, _ASKS) and not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch."):
                 self.asked.add(self.known(args[0]))
+            if name in ("backward", "grad"):
+                self.differentiated += [v for t in tree_leaves(args[0]) if (v := self.known(t)) is not None]
             return func(*args, **kwargs)
         if not args and "input" in kwargs:
             args, kwargs = by_position(func, args, kwargs)
@@ -204,9 +218,9 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
-        call.own = name in OWN_WEIGHTS and any(
-            t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0 for t in tensors
-        )
+        if name in OWN_WEIGHTS:
+            own = (t for t in tensors if t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0)
+            call.own = next((self.parameter(t) for t in own), "")
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if ins and not buffer:
             call.outs = [self.value(t) for t in results]
@@ -288,11 +302,13 @@ def place(
     hidden: Callable[[str], bool],
     layerwise: bool,
     alone: bool,
+    shares: bool,
     kept: Mapping[tuple[str, str], list[int]],
     earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
     """Where points are, from the calls. ``found``: the layers that ``hidden`` allows get points; else those that the model has itself.
-    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does."""
+    ``alone``: layerwise, a layer reads an activity of a point only where nobody else does. ``shares``: layerwise, a layer that runs several
+    times has one B for all of them; else, and in direct, a point, and a B, for each."""
     graph = _Graph(recorder, outputs)
     placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random), checkpoints=recorder.checkpoints)
     ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
@@ -305,8 +321,7 @@ def place(
         chain, last = _chain(c, graph, found)
         if chain is None or (found and not hidden(c.layer[0])):
             continue
-        if c.layer[1]:
-            raise ValueError(used_twice(c.layer[0]))
+        _known(c.layer)
         placement.layers[c.layer] = chain
         ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
     for i, c in enumerate(recorder.calls):
@@ -319,13 +334,19 @@ def place(
             if c.outs[0] in ends:
                 continue
             ends[c.outs[0]] = (i, Chain("", c.point, (), (), None, explicit=True))
-    if layerwise:
-        everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
-        return _reads(recorder, graph, placement, ends, everywhere, alone, earlier)
     names = [chain.point for _, chain in sorted(ends.values(), key=lambda end: end[0])]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise ValueError(used_twice(twice))
+    crossed = set[int]().union(*(graph.before_of(v) for v in recorder.differentiated)) & ends.keys()
+    if crossed:
+        raise ValueError(
+            f"the forward differentiates what follows layer {recorder.layer_below(min(crossed))!r}, whose feedback point no such gradient "
+            "crosses: let these layers run once more for it, on what is detached"
+        )
+    if layerwise:
+        everywhere = found and all(hidden(c.layer[0]) for c in recorder.calls if c.layer)
+        return _reads(recorder, graph, placement, ends, everywhere, alone, shares, earlier)
     placement.points = tuple(names)
     cut = set(ends)
     for c in recorder.calls:
@@ -338,12 +359,27 @@ def place(
 
 
 def used_twice(name: str) -> str:
-    if name == "layer":
-        return (
+    return f"point {name!r} runs twice in one forward: run both inputs as one batch (torch.cat), or let convert find the points"
+
+
+def run_of(layer: tuple[str, int]) -> str:
+    """The name of a layer's point: of its second run NAME:2."""
+    name, before = layer
+    return f"{name}:{before + 1}" if before else name
+
+
+def _known(layer: tuple[str, int]) -> None:
+    if layer[0] == "layer" and layer[1]:
+        raise ValueError(
             "two layers have weights that are no parameters, a tied one's weight.T perhaps, and feedback cannot tell them apart: "
             "exclude=['layer'] trains what is below them through these weights"
         )
-    return f"layer {name!r} is used twice in one forward: run both inputs as one batch (torch.cat), or use two layers"
+
+
+def layer_of(point: str) -> str:
+    """The inverse: the layer's name."""
+    name, _, run = point.rpartition(":")
+    return name if name and run.isdecimal() else point
 
 
 class _Graph:
@@ -407,7 +443,7 @@ def _chain(c: Call, graph: _Graph, found: bool) -> tuple[Chain | None, Call]:
         calls.pop()
     last = calls[-1]
     names = [name_of(k.func) for k in calls]
-    return _made(c, c.layer[0], calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
+    return _made(c, run_of(c.layer), calls, fusible(names, [graph.seen[k.outs[0]] == 1 for k in calls[:-1]] + [True])), last
 
 
 def _made(c: Call, point: str, calls: list[Call], fuses: tuple[bool, ...], explicit: bool = False) -> Chain:
@@ -423,15 +459,17 @@ def _reads(
     ends: dict[int, tuple[int, Chain]],
     everywhere: bool,
     alone: bool,
+    shares: bool,
     earlier: Mapping[tuple[str, int], str],
 ) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's, is read already, or was
     another point's in an ``earlier`` recording."""
     claimed: list[str] = []
+    read: set[str] = set()  # by a layer that has its B elsewhere
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
             if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
-                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, name_of(c.func))))
+                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, f"{name_of(c.func)} by {c.own!r}")))
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
         while v not in ends and v in graph.made and (graph.made[v].hook or name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS):
@@ -440,20 +478,24 @@ def _reads(
         source = ends[v][1].point if v in ends and not (alone and shared) else ""
         if not source and not everywhere:
             continue
-        if c.layer[1]:
-            raise ValueError(used_twice(c.layer[0]))
+        _known(c.layer)
+        first = next((point for (name, _), point in placement.reads.items() if name == c.layer[0]), None) if shares else None
+        if first is not None:
+            read.add(source)
+            placement.reads[c.layer] = first
+            continue
         if not source or source in claimed or earlier.get(c.layer, source) != source:
-            source = f"{c.layer[0]}.input"
+            source = f"{run_of(c.layer)}.input"
         claimed.append(source)
         placement.reads[c.layer] = source
-    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in claimed]
+    unread = [] if everywhere else [chain.point for _, chain in ends.values() if chain.point not in (*claimed, *read)]
     if unread:
         raise ValueError(
             f"layerwise feedback: no layer reads point {unread[0]!r} directly: use feedback='direct', or convert without points, include "
             "and exclude, which gives each layer a B of its own"
         )
     placement.points = tuple(claimed)
-    placement.answering = sum(recorder.sizes[name] for name, _ in placement.reads)
+    placement.answering = sum(recorder.sizes[name] for name in {name for name, _ in placement.reads})
     return placement
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fbkernels.loss import PerturbedLoss, network_of, unwrap
+from fbkernels.placement import layer_of
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     rows = []
     for name, point in shown.points.items():
         B = point.B
-        layer, shape = type(root.get_submodule(point.reads or name)).__name__, None if B is None else tuple(B.shape)
+        layer, shape = type(root.get_submodule(layer_of(point.reads or name))).__name__, None if B is None else tuple(B.shape)
         rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
     title = (
         f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
     own = shown.placement.own_weights if shown.placement is not None else ()
-    title += f"\nno B, the error passes their own weights: {', '.join(own)}" * bool(own)
+    title += f"\nno B, the error passes the weights themselves: {', '.join(own)}" * bool(own)
     return Summary(rows, title, peak)
 
 

@@ -1,11 +1,13 @@
 """A forward whose traces are put back where they lie, so that whoever else holds what it wrote sees no change: all but those of objects
-three deep in one another, of ``__slots__``, and of iterators that cannot be copied."""
+three deep in one another."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import copy
+import copyreg
+import itertools
 import random
 import sys
 import types
@@ -38,10 +40,7 @@ def untouched(net: nn.Module, inputs: Any, ours: Callable[[Any], bool]) -> Itera
             undo.append(reset)
     for p in net.parameters():
         undo += [partial(setattr, p, "grad", p.grad), *([] if p.grad is None else _tensor(p.grad))]
-    numpy: Any = sys.modules.get("numpy")
-    undo.append(partial(random.setstate, random.getstate()))
-    if numpy:
-        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo += [state for g in shared_generators() if (state := drawn(g)) is not None]
     devices = list({t.device.index or 0 for t in net.parameters() if t.is_cuda})
     with torch.random.fork_rng(devices), outside(None):  # nor do the user's hooks on saved tensors see it
         try:
@@ -64,7 +63,7 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             seen[id(x)] = x
             undo += _tensor(x)
             continue
-        if (state := _state(x)) is not None:
+        if (state := drawn(x) or _array(x)) is not None:
             seen[id(x)] = x
             undo.append(state)
             continue
@@ -74,18 +73,19 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             undo.append(partial(_refill, x, [*x]))
             values += x
             if isinstance(x, list):
-                _spare(x, enumerate(x))
+                undo += _spare(x, [*enumerate(x)])
         elif isinstance(x, dict):
             undo.append(partial(_reset, x, dict(x)))
             values += x.values()
-            _spare(x, [*x.items()])
+            undo += _spare(x, [*x.items()])
         attributes = getattr(x, "__dict__", None)
+        slots = copyreg._slotnames(type(x)) if _own(x) else []  # type: ignore[attr-defined]
         if isinstance(x, nn.Module):
             if type(x).__module__.startswith("fbkernels.training") or _lazy(x):
                 continue
             depth = _DEPTH
             values += (v for name in _WALKED_ALONE for v in x.__dict__[name].values())
-        elif not isinstance(attributes, dict) or type(x).__module__.startswith(("torch.", "fbkernels.training")):
+        elif not (slots or (isinstance(attributes, dict) and (_own(x) or isinstance(x, torch.optim.Optimizer)))):
             attributes = None
         elif depth == 0:
             continue
@@ -95,9 +95,18 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
         if attributes is not None and attributes is not x:
             undo.append(partial(_reset, attributes, dict(attributes)))
             values += (v for k, v in attributes.items() if k not in _WALKED_ALONE)
-            _spare(attributes, [*attributes.items()])
+            undo += _spare(attributes, [*attributes.items()])
+        for k in slots:
+            if hasattr(x, k):
+                undo.append(partial(object.__setattr__, x, k, getattr(x, k)))
+                values.append(getattr(x, k))
         todo += ((v, depth) for v in values)
     return undo
+
+
+def _own(x: Any) -> bool:
+    """Whether it is an object of the user's."""
+    return not type(x).__module__.startswith(("torch.", "fbkernels.training"))
 
 
 def _lazy(m: nn.Module) -> bool:
@@ -121,7 +130,15 @@ def _tensor(t: Tensor) -> list[Callable[[], None]]:
     return [back]
 
 
-def _state(x: Any) -> Callable[[], object] | None:
+def shared_generators() -> list[Any]:
+    """Python's, numpy's and torch's own."""
+    numpy: Any = sys.modules.get("numpy")
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [random._inst, *([numpy.random.mtrand._rand] if numpy else []), torch.default_generator, *cuda]
+
+
+def drawn(x: Any) -> Callable[[], object] | None:
+    """What lets a generator draw once more what it will draw from now on; None of what is no generator."""
     if isinstance(x, random.Random) and not isinstance(x, random.SystemRandom):
         return partial(x.setstate, x.getstate())
     if isinstance(x, torch.Generator):
@@ -130,12 +147,15 @@ def _state(x: Any) -> Callable[[], object] | None:
     if numpy is None:
         return None
     if isinstance(x, numpy.random.RandomState):
-        return partial(x.set_state, x.get_state())
+        return partial(x.set_state, x.get_state(legacy=False))
     if isinstance(x, numpy.random.Generator):
         return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
-    if isinstance(x, numpy.ndarray) and x.flags.writeable:
-        return partial(numpy.copyto, x, x.copy())
     return None
+
+
+def _array(x: Any) -> Callable[[], object] | None:
+    numpy: Any = sys.modules.get("numpy")
+    return partial(numpy.copyto, x, x.copy()) if numpy and isinstance(x, numpy.ndarray) and x.flags.writeable else None
 
 
 def _refill(x: Any, values: list[Any]) -> None:
@@ -152,9 +172,16 @@ def _reset(x: dict[Any, Any], values: dict[Any, Any]) -> None:
             x[k] = v
 
 
-def _spare(x: Any, items: Any) -> None:
-    """Let copies of iterators be advanced; of those that cannot be copied there is one."""
+def _spare(x: Any, items: list[tuple[Any, Any]]) -> list[Callable[[], object]]:
+    """Let copies of iterators be advanced; what is drawn from one that cannot be copied, or that draws from another, is kept for later."""
+    undo: list[Callable[[], object]] = []
     for k, v in items:
         if isinstance(v, Iterator) and not hasattr(v, "__dict__"):
-            with contextlib.suppress(TypeError):
+            try:
+                if any(isinstance(part, Iterator) for group in v.__reduce__()[1:] if isinstance(group, tuple) for part in group):
+                    raise TypeError
                 x[k] = copy.copy(v)
+            except TypeError:
+                x[k], later = itertools.tee(v)
+                undo.append(partial(x.__setitem__, k, later))
+    return undo

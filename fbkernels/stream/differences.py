@@ -227,27 +227,6 @@ def synchronised_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alon
         return out, (d * gain.detach().view(-1, *[1] * (out.ndim - 2))).to(out.dtype)  # type: ignore[operator]
 
 
-# a tensor made for each sample of the clean batch may stand beside an activity: an expanded class token
-_ALIGNED = {
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-    "mul",
-    "rmul",
-    "imul",
-    "div",
-    "cat",
-    "concat",
-    "where",
-    "maximum",
-    "minimum",
-    "lerp",
-}
-
-
 def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, Any]:
     """f(h + d) - f(h) of any function, its random numbers drawn twice alike; what lives longer than the step is written once, clean."""
     name = name_of(func)
@@ -256,79 +235,65 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     own = isinstance(target, Tensor) and mode.belongs(target)
     if own or (name.startswith("bernoulli") and torch.compiler.is_compiling()):  # a trace draws once
         return func(*args, **kwargs), None
-    aligned = samples = 0
-    if mode.site.partial() and name.strip("_") in _ALIGNED:
-        aligned, samples = max((t.ndim, mode.site.samples) for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and mode.mark(t))
-    low = any(isinstance(t, Tensor) and t.dtype in (torch.bfloat16, torch.float16) for t in _leaves((args, kwargs)))
+    site, given = mode.site, [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
+    low = any(t.dtype in (torch.bfloat16, torch.float16) for t in given)
+    random = site.random is not None and func in site.random if not torch.compiler.is_compiling() else False
+    # random numbers, or what else has a row for each sample: they are those of the whole batch, which runs once for each sign
+    whole = site.partial() and (random or any(mode.mark(t) is None and site.samples in t.shape for t in given))
 
-    def other(t: Any, moved: bool) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        marked = mode.mark(t) is not None
-        beside = not marked and aligned and 1 < t.ndim == aligned and 1 < len(t) == samples  # made for each sample of the batch
-        p = mode.moved(t) if marked and moved else mode.site.rows(t.detach(), mode.d(t)) if marked or beside else t.detach()
+    def other(t: Tensor, sign: int | None) -> Tensor:
+        h, d = t.detach(), mode.d(t)
+        if mode.mark(t) is None or (whole and (d is None or sign is None)):
+            p = h
+        elif sign is None:
+            p = site.rows(h, d)
+        else:
+            p = site.sides(h, d)[sign] if whole and d is not None else mode.moved(t)
         if p is t or not (torch.compiler.is_compiling() or t.layout != torch.strided or p.data_ptr() != t.data_ptr()):
             kept = t is target or id(t) in mode.buffers
             p = p.clone() if kept else p
-        if low and p.is_floating_point():
-            p = p.float()
-        return p
+        return p.float() if low and p.is_floating_point() else p
 
+    signs = range(1 + site.antithetic) if whole else (0,)
     with torch.no_grad():
-        pargs, pkwargs = _map(args, other, True), _map(kwargs, other, True)
-        hargs, hkwargs = (_map(args, other, False), _map(kwargs, other, False)) if low else ((), {})
-    random = mode.site.random is not None and func in mode.site.random if not torch.compiler.is_compiling() else False
-    device = next((t.device for t in _leaves(args) if isinstance(t, Tensor)), None)
+        calls = [(_map(args, other, sign), _map(kwargs, other, sign)) for sign in (*signs, *[None] * low)]
+    device = next((t.device for t in given), None)
     drawn = generators(device) if random else None
     out = func(*args, **kwargs)
     result = args[0] if name == "__setitem__" else out
     tensors = _leaves(result)
     if not any(isinstance(t, Tensor) for t in tensors):
         return out, None
+    results = []
     with torch.no_grad(), _exact(tensors[0] if low else None):
-        with drawn_again(drawn, device):
-            try:
-                other_out = func(*pargs, **pkwargs)
-            except RuntimeError as e:
-                if not mode.site.partial() or isinstance(e, torch.OutOfMemoryError):
-                    raise
-                raise ValueError(
-                    f"{name} takes a tensor with a row for each sample that is no activity, which fraction and antithetic cannot follow: "
-                    "use fraction=1 and antithetic=False"
-                ) from e
-        with drawn_again(drawn, device):
-            base = func(*hargs, **hkwargs) if low else out
-        if random and mode.site.partial():
-            other_out = _drawn_alike(mode, func, args, kwargs, drawn, device, other_out, low, True)
-            base = _drawn_alike(mode, func, args, kwargs, drawn, device, base, low, False) if low else out
-    if name == "__setitem__":
-        other_out, base = pargs[0], hargs[0] if low else result  # type: ignore[misc]
-    with torch.no_grad():
-        d = _difference(mode, other_out, base, result, low)
+        for pargs, pkwargs in calls:
+            with drawn_again(drawn, device):
+                try:
+                    r = func(*pargs, **pkwargs)
+                except RuntimeError as e:
+                    if not site.partial() or isinstance(e, torch.OutOfMemoryError):
+                        raise
+                    raise ValueError(
+                        f"{name} takes what has a row for each sample and is no activity, which fraction and antithetic cannot follow: use "
+                        "fraction=1 and antithetic=False"
+                    ) from e
+            results.append(pargs[0] if name == "__setitem__" else r)
+        moved, base = results[: len(signs)], results[-1] if low else result
+        if whole:
+            like = [d for t in given if (d := mode.d(t)) is not None and t.shape == getattr(result, "shape", None)]
+            moved = [_joined(mode, moved, *like[:1])]
+            base = _joined(mode, [base] * len(signs), *like[:1]) if low else base
+        d = _difference(mode, moved[0], base, result, low)
         if written and isinstance(target, Tensor) and isinstance(d, Tensor) and _is_view(target):
             d = _through(mode, target, d)
     return out, d
 
 
-def _drawn_alike(mode: Streams, func: Any, args: Args, kwargs: Kwargs, drawn: Any, device: Any, like: Any, low: bool, moved: bool) -> Any:
-    """f(h + d), or f(h), of the rows that have a difference, in the shape of ``like``: another number of rows would draw other numbers."""
-
-    def whole(t: Tensor, sign: int) -> Tensor:
-        d = mode.d(t) if moved else None
-        h = t.detach() if mode.mark(t) is None else t.detach().clone() if d is None else mode.site.sides(t.detach(), d)[sign]
-        return h.float() if low and h.is_floating_point() else h
-
-    results = []
-    for sign in range(1 + mode.site.antithetic):
-        with drawn_again(drawn, device):
-            results.append(func(*_map(args, whole, sign), **_map(kwargs, whole, sign)))
-
-    def joined(parts: Any, like: Any) -> Any:
-        if isinstance(like, Tensor):
-            return mode.site.joined(parts, like)
-        return [joined(p, t) for p, t in zip(zip(*parts, strict=True), like, strict=True)] if isinstance(like, (list, tuple)) else like
-
-    return joined(results, like)
+def _joined(mode: Streams, sides: Any, like: Tensor | None = None) -> Any:
+    """Of results for each sign the rows that have a difference, in the shape of ``like``."""
+    if isinstance(sides[0], Tensor):
+        return mode.site.joined(sides, like)
+    return [_joined(mode, parts) for parts in zip(*sides, strict=True)] if isinstance(sides[0], (list, tuple)) else sides[0]
 
 
 def _difference(mode: Streams, p: Any, h: Any, out: Any, low: bool) -> Any:
@@ -405,7 +370,7 @@ def _float(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 
-def _map(tree: Any, f: Any, flag: int) -> Any:
+def _map(tree: Any, f: Any, flag: int | None) -> Any:
     if isinstance(tree, Tensor):
         return f(tree, flag)
     if type(tree) in (list, tuple):

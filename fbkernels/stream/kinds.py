@@ -93,7 +93,7 @@ def _table() -> dict[Any, str]:
     put("batch_norm", F.batch_norm)
     put("synchronised_norm", synchronised)
     put("layer", *_named(*LAYERS))
-    put("metadata", *_named(*_METADATA.split()), *(_setters("requires_grad", "grad")))
+    put("metadata", *_named(*_METADATA.split()), torch.autograd.grad, *(_setters("requires_grad", "grad")))
     properties: list[Any] = [getattr(Tensor, n, None) for n in _PROPERTIES.split()]
     put("metadata", *(p.__get__ for p in properties if hasattr(p, "__get__") and not callable(p)))
     put("gradient", *_named(*_GRADIENTS.split()))

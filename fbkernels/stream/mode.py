@@ -45,8 +45,8 @@ class Site(Protocol):
     def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
         """The whole batch of a clean activity with its difference, once for each sign."""
 
-    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Of results for each side the rows that have a difference, in the shape of ``like``."""
+    def joined(self, sides: Sequence[Tensor], like: Tensor | None) -> Tensor:
+        """Of results for each side the rows that have a difference, in the shape of ``like`` where that is known."""
 
     def written(self, h: Tensor) -> None:
         """What follows a point is about to write into its activity."""

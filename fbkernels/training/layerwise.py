@@ -66,6 +66,8 @@ class Layerwise(Step):
 
     def visit_input(self, point: FeedbackPoint, x: Tensor, convolution: bool) -> Tensor:
         """A point at a layer's input: a view, whose gradient is this layer's alone."""
+        if point.name in self.activities:  # which runs again
+            return x
         x = x.view_as(x)
         self.visit(point, x)
         point.layout = Layout.of(x, self.samples, convolution, 1, self.rows_of(point.name))
@@ -104,7 +106,7 @@ class Layerwise(Step):
             x, d, carry = pad(x), None if d is None else pad(d), (*carry, ("pad", pad))
             args = (x, weight, bias, connection.stride, connection.padding, connection.dilation, connection.groups)
             kwargs = {}
-        if not self.again:
+        if point.name not in self.feedback:
             self.feedback[point.name] = point.claim(weight, connection, carry)
         B = self.feedback[point.name]
         constant = (lambda t: None if t is None else t.detach()) if self.constant else (lambda t: t)

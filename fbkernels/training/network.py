@@ -18,7 +18,7 @@ from fbkernels import ops
 from fbkernels._compile import constant
 from fbkernels._tree import at, copied, differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
-from fbkernels.placement import Placement, Recorder, keeps, names_of, place
+from fbkernels.placement import Placement, Recorder, keeps, layer_of, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
 from fbkernels.stream.chain import Chain
 from fbkernels.stream.mode import Streams, shown
@@ -210,6 +210,7 @@ class Network(Stateful):
             hidden=self.hidden,
             layerwise=settings.layerwise,
             alone=settings.rule.supervised,
+            shares=not settings.rule.measures,
             kept=kept,
             earlier={} if self.placement is None else self.placement.reads,
         )
@@ -217,8 +218,8 @@ class Network(Stateful):
         if placement.own_weights and not self.named:
             self.named = True
             warnings.warn(
-                f"layerwise feedback: {', '.join(placement.own_weights)} carry the error through their own weights, which have no B: what "
-                "lies below them is trained by backprop through them; with feedback='direct' it is not",
+                f"layerwise feedback has no B for {', '.join(placement.own_weights)}: what lies below is trained by backprop through these "
+                "weights; with feedback='direct' it is not",
                 stacklevel=5,
             )
         if placement.asked and not self.named:
@@ -536,20 +537,28 @@ class Network(Stateful):
         here = {k.rpartition(".")[0] for k in own if k.endswith(".shared.step")}
         theirs = [k for k in state_dict if k.endswith(".shared.method")]
         if not theirs:
+            ours = next(iter(here), "")
+            if state_dict and ours and f"{ours}.step" not in state_dict and (self.step.is_meta or not int(self.step)):  # the plain model's
+                self._restart(next(iter(state_dict.values())).device if self.step.is_meta else self.step.device)
+                state_dict |= {f"{ours}.step": self.step, f"{ours}.skipped": self.skipped}
             return
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
-        points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+        modules, made = dict(root.named_modules(remove_duplicate=False)), set[str]()
+        points = {prefix + name: m for name, m in modules.items() if isinstance(m, FeedbackPoint)}
         if self.placement is None:  # which will show these points, at the first training forward
-            modules = dict(root.named_modules())
+            first = {m: n for n, m in root.named_modules()}  # of several names
             for key in found - points.keys():
                 path = key.removeprefix(prefix)
                 reader, layer = path.rpartition(".shared.readers.")[1:]
                 at = layer.rstrip("/").replace("/", ".") if reader else path.removesuffix(".feedback")
-                if at in modules and self.settings.found and self.hidden(at):
-                    self._make(root, f"{at}.input" if reader and not layer.endswith("/") else at)
-            points = {prefix + name: m for name, m in root.named_modules() if isinstance(m, FeedbackPoint)}
+                at = first[modules[at]] if at in modules else at
+                if layer_of(at) in modules and self.settings.found and self.hidden(layer_of(at)):
+                    made.add(f"{at}.input" if reader and not layer.endswith("/") else at)
+            for name in made:
+                self._make(root, name)
+            points |= {prefix + n: m for n, m in root.named_modules(remove_duplicate=False) if isinstance(m, FeedbackPoint)}
         needed = {name for name, m in points.items() if "B" in m.state} if self.settings.rule.learned else set()
-        if self.settings.rule.learned and not self.settings.layerwise and self.placement is None and not needed:
+        if self.settings.rule.learned and not (self.settings.layerwise or self.placement or needed or made):  # made: convert guessed wrong
             needed = {prefix + n for n, m in root.named_modules() if isinstance(m, FeedbackPoint) and m.name in self.points}
         if theirs[0].rpartition(".")[0] not in here or not found <= points.keys() or (found and needed - found):
             raise ValueError(f"checkpoint of another network: its feedback points are {sorted(found)}, those here are {sorted(points)}")
@@ -578,8 +587,14 @@ class Network(Stateful):
         destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.moved = True
-        return super()._apply(fn, recurse)
+        self.moved, made = True, self.step.is_meta
+        super()._apply(fn, recurse)
+        if made and not self.step.is_meta:  # to_empty
+            self._restart(self.step.device)
+        return self
+
+    def _restart(self, device: torch.device) -> None:
+        self.step, self.skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -40,7 +40,7 @@ class Probe:
     def sides(self, h: Tensor, d: Tensor) -> list[Tensor]:
         return [h + d]
 
-    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
+    def joined(self, sides: Sequence[Tensor], like: Tensor | None) -> Tensor:
         return sides[0]
 
     def written(self, h: Tensor) -> None:

@@ -96,8 +96,8 @@ class Step:
         first, rest = h.narrow(dim, 0, n), h.narrow(dim, n, self.samples - n)
         return [torch.cat(((first + part).to(h.dtype), rest), dim) for part in d.split(n, dim)]
 
-    def joined(self, sides: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Of results for each side the rows that have a difference, in the shape of ``like``."""
+    def joined(self, sides: Sequence[Tensor], like: Tensor | None) -> Tensor:
+        """Of results for each side the rows that have a difference, in the shape of ``like`` where that is known."""
         dim = self._batch(sides[0], like)
         return torch.cat([t.narrow(dim, 0, self.perturbed_rows) for t in sides], dim)
 

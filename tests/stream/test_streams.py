@@ -295,10 +295,28 @@ def test_a_bernoulli_mask_follows_the_noise() -> None:
 
 
 def test_rows_that_fraction_cannot_follow() -> None:
-    x, cell = torch.randn(6, 4), nn.GRUCell(8, 8)
-    for function in (lambda h: torch.stack(list(h)), lambda h: cell(h, h.new_zeros(len(h), 8))):
-        with pytest.raises(ValueError, match="which fraction and antithetic cannot follow: use fraction=1 and antithetic=False"):
-            fb.convert(Between(function), rule=fb.Joint(), fraction=0.5)(x)
+    with pytest.raises(ValueError, match="which fraction and antithetic cannot follow: use fraction=1 and antithetic=False"):
+        fb.convert(Between(lambda h: torch.stack(list(h))), rule=fb.Joint(), fraction=0.5)(torch.randn(6, 4))
+
+
+CELL = nn.GRUCell(8, 8).double()
+
+
+@pytest.mark.parametrize("options", [{"fraction": 0.5}, {"antithetic": True}, {"fraction": 0.5, "antithetic": True}], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: CELL(h, h.new_zeros(len(h), 8)),
+        lambda h: h.masked_fill(torch.arange(8) < torch.arange(len(h))[:, None], 0.0),
+        lambda h: h.clone().masked_fill_(torch.arange(8) < torch.arange(len(h))[:, None], 0.0),
+        lambda h: torch.bmm(torch.arange(1.0, len(h) + 1, dtype=h.dtype)[:, None, None].expand(-1, 4, 4), h.view(len(h), 4, 2)).flatten(1),
+        lambda h: h.index_put((torch.arange(len(h)), torch.arange(len(h))), torch.arange(len(h), dtype=h.dtype)),
+    ],
+)
+def test_a_tensor_that_is_made_for_each_sample(function: Callable[[Tensor], Tensor], options: dict[str, Any]) -> None:
+    clean, perturbed = streams_of(Between(function).double(), (torch.randn(6, 4).double(),), noise_std=1e-9, **options)
+    clean = clean[: 3 if "fraction" in options else 6].repeat(1 + ("antithetic" in options), 1)
+    assert 1e-13 < float((perturbed - clean).abs().max()) < 1e-6
 
 
 def test_a_class_token_is_repeated_for_the_perturbed_rows() -> None:

@@ -237,6 +237,19 @@ def test_a_plain_checkpoint_loads() -> None:
     train(net, 0, 2)
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_plain_checkpoint_fills_a_network_on_meta(assign: bool) -> None:
+    plain, want = cnn(seed=1), fb.convert(cnn(seed=1), rule=fb.Ridge())
+    with torch.device("meta"):
+        net = fb.convert(cnn(), rule=fb.Ridge())
+    if not assign:
+        net.to_empty(device="cpu")
+    net.load_state_dict(plain.state_dict(), assign=assign)
+    train(net, 0, 2)
+    train(want, 0, 2)
+    same(state(net), state(want))
+
+
 def test_a_plain_checkpoint_leaves_B_and_the_step_together() -> None:
     """Loading W alone into a network in training must not leave a B that belongs to another step."""
     net = convert("direct", "ridge")
@@ -413,3 +426,22 @@ def test_a_checkpoint_resumes_in_bfloat16_whenever_it_is_loaded(feedback: str, r
             step(ours, i)
             step(other, i)
         same(state(ours), state(other))
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))  # type: ignore[no-any-return]
+
+
+def test_a_checkpoint_before_the_first_step_where_the_output_layer_is_not_the_last_one_made() -> None:
+    x, y = torch.randn(6, 8), torch.randint(4, (6,))
+    net, other = fb.convert(HeadFirst()), fb.convert(HeadFirst())
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(x), y).backward()
+    other.load_state_dict(net.state_dict())
+    other(x)
+    assert [*fb.points(other)] == ["a", "b"]
+    assert all(torch.equal(p.B, fb.points(other)[name].B) for name, p in fb.points(net).items())

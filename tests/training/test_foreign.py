@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import copy
+import functools
+import itertools
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -374,22 +377,37 @@ class Box:
     n = 0
 
 
+class Tight:
+    __slots__ = ("n", "seen")
+
+    def __init__(self) -> None:
+        self.n, self.seen = 0, [0]
+
+
 class Keeper(Net):
     """Keeps and writes whatever a forward can."""
 
     def __init__(self) -> None:
         super().__init__(filled)
-        self._steps, self.box, self.array = 0, Box(), np.zeros(1)
+        self._steps, self.box, self.tight, self.array = 0, Box(), Tight(), np.zeros(1)
         self.stats: Any = {"seen": {"n": 0}, "log": []}
         self.count: Any = collections.Counter()
         self.random, self.numpy, self.torch = random.Random(0), np.random.default_rng(0), torch.Generator().manual_seed(0)
         self.draws, self.target = iter(range(99)), nn.Linear(8, 16).requires_grad_(False)
+        self.turns: Any = {"cycle": itertools.cycle("abc"), "made": (i * i for i in range(99))}
+        self.pairs = [zip(range(99), itertools.chain(range(3), range(99)), strict=False)]
+        self.optimizer = torch.optim.SGD(self.c.parameters(), 0.1, momentum=0.9)
 
     def forward(self, x: Tensor) -> Any:
         x.sub_(1).mul_(0.5)
         self._steps, self.box.n, self.last = self._steps + 1, self.box.n + 1, x.sum().item()
         self.stats["seen"]["n"] += 1
-        self.stats["log"].append(next(self.draws))
+        self.stats["log"] += [next(self.draws), next(self.turns["cycle"]), next(self.turns["made"]), next(self.pairs[0])]
+        self.tight.n += 1
+        self.tight.seen.append(self.tight.n)
+        self.optimizer.zero_grad()
+        self.c(x.detach().repeat(1, 2)).square().mean().backward()
+        self.optimizer.step()
         self.count["n"] += 1
         self.array += 1
         drawn = self.random.random() + self.numpy.random() + torch.rand((), generator=self.torch, dtype=x.dtype)
@@ -399,21 +417,24 @@ class Keeper(Net):
         return super().forward(x) + drawn + self.target(x).sum(1, keepdim=True)
 
     def kept(self) -> Any:
-        return self._steps, self.box.n, self.last, self.stats, self.count, self.array.tolist(), next(self.draws)
+        plain = self._steps, self.box.n, self.last, self.stats, self.count, self.array.tolist(), self.tight.n, self.tight.seen
+        return *plain, next(self.draws), next(self.turns["cycle"]), next(self.turns["made"]), next(self.pairs[0])
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_the_first_step_leaves_what_the_plain_one_does(feedback: str) -> None:
     torch.manual_seed(0)
     plain, x = Keeper().double(), X.clone()
-    net, own = fb.convert(copy.deepcopy(plain), feedback=feedback, rule=fb.Fixed()), X.clone()
+    torch.manual_seed(0)
+    net, own = fb.convert(Keeper().double(), feedback=feedback, rule=fb.Fixed()), X.clone()
     stats = net.stats
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(net(own), plain(x))
         assert torch.equal(own, x)
     assert net.kept() == plain.kept()
     assert net.stats is stats
-    equal(dict(net.target.named_parameters()), dict(plain.target.named_parameters()))
+    for layer in ("target", "c"):
+        equal(dict(getattr(net, layer).named_parameters()), dict(getattr(plain, layer).named_parameters()))
 
 
 def test_a_recording_leaves_the_containers_that_go_in() -> None:
@@ -501,6 +522,70 @@ def test_a_loss_weight_that_begins_to_learn() -> None:
     loss(out, Y).mean().backward()
     assert s.grad is not None
     torch.testing.assert_close(float(s.grad), want)
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [("one loss a row", {}), ("one loss a row", {"fraction": 0.5, "antithetic": True}), ("one loss for three rows", {})],
+)
+def test_losses_that_begin_to_depend_on_each_other(layout: str, how: dict[str, Any]) -> None:
+    on, n = [0.0], 6
+
+    def criterion(z: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(z.flatten(0, -2), y.repeat(len(z.flatten(0, -2)) // n), reduction="none").view(n, -1).mean(1)
+        return losses + on[0] * losses * losses.flip(0)
+
+    x = X if layout == "one loss a row" else X.repeat(3, 1).view(3, 6, 8).transpose(0, 1) * torch.tensor([[[1.0], [2.0], [3.0]]])
+    plain = made(lambda net, x: net.o(torch.tanh(net.b(torch.tanh(net.a(x))))).flatten(0, -2))
+    net, c = fb.convert(copy.deepcopy(plain), rule=fb.LMS(1e-3), **how), torch.linspace(1, 2, n, dtype=torch.float64)
+    loss = fb.PerturbedLoss(criterion, net)
+    for on[0] in (0.0, 0.0, 0.5):
+        got = gradients(net, (loss(net(x), Y) * c).sum())
+        want = gradients(plain, (criterion(plain(x), Y) * c).sum())
+        equal({"o.weight": got["o.weight"]}, {"o.weight": want["o.weight"]})
+
+
+GENERATOR, DRAWS = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+
+class Drawing(nn.Module):
+    def __init__(self, draw: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.generator, self.draw, self.begun = torch.Generator().manual_seed(0), draw, False
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.square().sum(1) * (1 + self.draw(self) if self.begun else 1)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda c: torch.rand(()).double(),
+        lambda c: random.random(),
+        lambda c: float(np.random.rand()),
+        lambda c: torch.rand((), generator=c.generator).double(),
+        lambda c: torch.rand((), generator=GENERATOR).double(),
+        lambda c: DRAWS.random(),
+    ],
+    ids=["torch", "random", "numpy", "its own", "a global one", "numpy's global one"],
+)
+@pytest.mark.parametrize("how", [{}, {"fraction": 0.5, "antithetic": True}], ids=repr)
+def test_a_criterion_that_begins_to_draw(draw: Callable[[Any], Any], how: dict[str, Any]) -> None:
+    """Both streams draw the same numbers, and one step draws once."""
+    criterion = Drawing(draw)
+    net = fb.convert(made(filled), rule=fb.LMS(1e-3), noise_std=1e-6, **how)
+    loss = fb.PerturbedLoss(criterion, net)
+    for step in range(3):
+        criterion.begun = step > 0
+        out = net(X)
+        again = loss.per_sample.states()
+        value = loss(out, Y)
+        after = draw(criterion)
+        assert net.feedback.points["a"].pending.loss_change.abs().max() < 1e-4
+        for back in again:
+            back()
+        torch.testing.assert_close(value.detach(), criterion(out, Y).detach())
+        assert float(after) == float(draw(criterion))
 
 
 def test_what_a_hook_keeps_for_the_forward() -> None:
@@ -603,8 +688,35 @@ def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
     cell = getattr(nn, name)(16, 12).double() if name.endswith("Cell") else None
     net = made(forward)
     net.cell = cell
-    with pytest.warns(UserWarning, match="carry the error through their own weights, which have no B"):
+    which = {"product": "matmul by 'c'", "einsum": "einsum by 'b'", "inner": "inner by 'b'"}.get(name, "[a-z_]*cell by 'cell.weight_ih'")
+    with pytest.warns(UserWarning, match=f"layerwise feedback has no B for {which}: what lies below"):
         fb.convert(net, feedback="layerwise", rule=fb.Fixed())(X)
+
+
+def test_a_gradient_inside_of_a_forward() -> None:
+    """Of layers that run for it alone it is the plain one; through a point it is refused."""
+
+    def moved(net: Net, x: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(net.o(torch.tanh(net.b(torch.tanh(net.a(z := x.detach().requires_grad_()))))).sum(), z)
+        return net.o(torch.tanh(net.b(torch.tanh(net.a(x - g)))))
+
+    def crosses(net: Net, x: Tensor) -> Tensor:
+        out = net.o(torch.tanh(net.b(h := torch.tanh(net.a(x)))))
+        return out + torch.autograd.grad(out.sum(), h, retain_graph=True)[0].mean(1, keepdim=True)
+
+    def differentiated(net: Net, x: Tensor) -> Tensor:
+        out = net.o(torch.tanh(net.a(z := x.detach().requires_grad_()))[:, :12])
+        return torch.autograd.grad(out.sum(), z, create_graph=True)[0]
+
+    for feedback in ("direct", "layerwise"):
+        net = fb.convert(made(moved), feedback=feedback, rule=fb.WeightTransport() if feedback == "layerwise" else fb.Fixed())
+        got = gradients(net, fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y))
+        want = exact(made(moved))
+        equal(*({n: g[n] for n in want if feedback == "layerwise" or n == "o.weight"} for g in (got, want)))
+        with pytest.raises(ValueError, match="the forward differentiates what follows layer 'a', whose feedback point no such gradient"):
+            fb.convert(made(crosses), feedback=feedback)(X)
+        with pytest.raises(ValueError, match=r"what follows layer '.' runs where torch shows no calls, .* torch\.autograd\.grad"):
+            fb.convert(made(differentiated), feedback=feedback)(X)
 
 
 # what changes between two steps
@@ -670,6 +782,17 @@ def test_what_a_model_refers_to_stays_the_users() -> None:
     assert net.layers["o"][0] is net.o is not model.o and net.layers["o"][1] is settings
 
 
+def test_a_function_that_encloses_the_model_is_told() -> None:
+    model: Any = made(lambda net, x: net.o(net.drop(torch.tanh(net.b(torch.tanh(net.a(x)))))))
+    model.drop = lambda h: F.dropout(h, training=model.training)
+    with pytest.warns(UserWarning, match="attribute 'drop' is a function that encloses the model itself, and the converted one is a copy"):
+        fb.convert(model)
+    model.drop = functools.partial(F.dropout, p=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fb.convert(model)
+
+
 def test_a_compiled_part_is_refused() -> None:
     model = nn.Sequential(nn.Linear(8, 16), torch.compile(nn.Tanh()), nn.Linear(16, 4))
     with pytest.raises(ValueError, match="module '1' is compiled, and its calls cannot be seen: convert with its _orig_mod in its place"):
@@ -697,21 +820,85 @@ def test_tied_layers_and_one_for_two_inputs(feedback: str) -> None:
         h = torch.tanh(F.linear(torch.tanh(net.b(torch.tanh(net.a(x)))), net.b.weight.T))
         return net.o(torch.tanh(F.linear(torch.tanh(F.linear(h, net.a.weight.T)), net.c.weight[:, :8])))
 
-    def siamese(net: Net, x: Tensor) -> Tensor:
-        u, v = (torch.tanh(net.b(torch.tanh(net.a(t)))) for t in (x, x.flip(1)))
-        return net.o(u * v)
-
-    def batched(net: Net, x: Tensor) -> Tensor:
-        u, v = torch.tanh(net.b(torch.tanh(net.a(torch.cat((x, x.flip(1))))))).chunk(2)
-        return net.o(u * v)
-
     with pytest.raises(ValueError, match=r"no parameters, a tied one's weight.T perhaps, .*: exclude=\['layer'\] trains"):
         fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed())(X)
-    with pytest.raises(ValueError, match="layer 'a' is used twice in one forward: run both inputs as one batch"):
-        fb.convert(made(siamese), feedback=feedback, rule=fb.Fixed())(X)
-    for how, options in ((tied_twice, {"exclude": ["layer"]}), (batched, {})):
-        net = fb.convert(made(how), feedback=feedback, rule=fb.Fixed(), **options)
-        assert torch.equal(net(X), made(how)(X)) and len(fb.points(net)) == 2
+    net = fb.convert(made(tied_twice), feedback=feedback, rule=fb.Fixed(), exclude=["layer"])
+    assert torch.equal(net(X), made(tied_twice)(X)) and len(fb.points(net)) == 2
+
+
+class Shared(nn.Module):
+    """Two branches and a state that is read again and again; ``apart``: a layer of its own for each run, with the same weights."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        a, b, self.o = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        other = copy.deepcopy if apart else lambda layer: layer
+        self.a, self.b = nn.ModuleList([a, other(a)]), nn.ModuleList([b, *(other(b) for _ in range(3))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = torch.tanh(self.b[0](torch.tanh(self.a[0](x)))), torch.tanh(self.b[1](torch.tanh(self.a[1](x.flip(1)))))
+        h = torch.tanh(self.b[2](u * v))
+        return self.o(torch.tanh(self.b[3](h) + u))
+
+
+def shared(apart: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return Shared(apart).double()
+
+
+def summed(got: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Of layers that each run once, in the name of the first."""
+    total: dict[str, Any] = {}
+    for name, g in got.items():
+        first = re.sub(r"\.\d", ".0", name)
+        total[first] = g if first not in total else total[first] + g
+    return total
+
+
+@pytest.mark.parametrize("rule", [fb.LMS(1e-3), fb.Ridge(), fb.Joint(), fb.Joint(signal="output"), fb.Fixed()], ids=repr)
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_a_layer_that_runs_several_times(feedback: str, rule: fb.Rule) -> None:
+    """It is as many layers, whose weights are the same, and their gradients are summed; layerwise, what is fixed is one B for all."""
+    if feedback not in rule.structures:
+        pytest.skip("no such rule")
+    nets = [fb.convert(shared(apart), feedback=feedback, rule=rule, noise_std=1e-3) for apart in (False, True)]
+    criteria = [fb.PerturbedLoss(nn.CrossEntropyLoss(), net) for net in nets]
+    for _ in range(3):
+        got, want = (gradients(net, criterion(net(X), Y)) for net, criterion in zip(nets, criteria, strict=True))
+        if feedback == "layerwise" and not rule.measures:
+            first = next(p for p in fb.points(nets[0]).values() if p.weight is nets[0].b[0].weight)
+            for p in fb.points(nets[1]).values():
+                p.B = first.B if p.B.shape == first.B.shape else fb.points(nets[0])[p.name].B
+            want = gradients(nets[1], criteria[1](nets[1](X), Y))
+        equal(got, summed(want))
+    names = [*fb.points(nets[0])]
+    assert len(names) == (6 if feedback == "direct" else 5 if rule.measures else 2)
+
+
+@pytest.mark.parametrize("rule", [fb.WeightTransport(), fb.WeightMirror()], ids=repr)
+def test_a_layer_that_runs_several_times_has_one_transported_weight(rule: fb.Rule) -> None:
+    plain, net = shared(False), fb.convert(shared(False), feedback="layerwise", rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(2):
+        got = gradients(net, criterion(net(X), Y))
+    want = gradients(plain, nn.CrossEntropyLoss()(plain(X), Y))
+    for name, g in want.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-10, atol=1e-12)
+    other = fb.convert(shared(False), feedback="layerwise", rule=rule)
+    other.load_state_dict(net.state_dict())
+    assert len(fb.points(net)) == 2 and str(fb.summary(other, X))
+
+
+def test_points_of_a_layer_s_runs_are_saved() -> None:
+    net = fb.convert(shared(False), rule=fb.Ridge())
+    fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(net(X), Y).backward()
+    assert [*fb.points(net)] == ["a.0", "b.0", "a.0:2", "b.0:2", "b.0:3", "b.0:4"] and str(fb.summary(net))
+    other = fb.convert(shared(False), rule=fb.Ridge())
+    other.load_state_dict(net.state_dict())
+    other(X)
+    assert all(torch.equal(p.B, fb.points(other)[n].B) for n, p in fb.points(net).items())
+    angles = fb.metrics.alignment(net, nn.CrossEntropyLoss(), X, Y)
+    assert angles.keys() == fb.points(net).keys()
 
 
 def keeps(net: Net, x: Tensor) -> Tensor:
