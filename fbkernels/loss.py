@@ -19,7 +19,7 @@ from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
 from fbkernels.stream.differences import drawn_again, generators
-from fbkernels.training.autograd import Deliver
+from fbkernels.training.autograd import Deliver, Zeros
 from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
 from fbkernels.training.step import Step
@@ -170,6 +170,10 @@ class PerturbedLoss(nn.Module):
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
+        if step.held is not None:  # without a look at it: what is compiled or captured goes on when the warm-up ends
+            out = torch.where(step.held, out.detach(), out)
+        elif step.constant and network.settings.auto:
+            out = Zeros.apply(out, *(p for p in self._net[0].parameters() if p.requires_grad))
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
