@@ -66,7 +66,8 @@ class PerturbedLoss(nn.Module):
       rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
     * ``SyntheticGradient`` the sum of B's updates; ``Fixed``, ``WeightMirror`` and rules that follow W nothing.
 
-    and the number of rows and of skipped samples. Make the loss after ``init_process_group``, with the wrapped network where the group is
+    and the number of rows and of skipped samples; in a warm-up, and then in one step of eight, also two numbers and one for each point, the
+    sums behind ``metrics.explained``. Make the loss after ``init_process_group``, with the wrapped network where the group is
     not the default one. All processes take the same steps: no Join. DistributedDataParallel averages the gradients of W over processes:
     those of a mean are the batch's where parts are equal; else multiply the loss by ``processes * rows / batch``, or each process counts
     alike. B counts each sample alike in any case. Class weights and ignored targets are averaged in each process. Batch norm has each

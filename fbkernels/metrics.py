@@ -81,7 +81,7 @@ def explained(net: nn.Module) -> tuple[float, dict[str, float]]:
         TypeError: net is not a converted network.
     """
     network = network_of(net)
-    if "explained" not in network.state or not network.settings.rule.explains:
+    if "explained" not in network.state:
         return math.nan, dict.fromkeys(network.points, math.nan)
     whole, *parts = network.state["explained"].tolist()
     share, *own = (part / whole if whole else math.nan for part in parts)

@@ -35,7 +35,7 @@ from fbkernels.training.step import Step
 from fbkernels.untouched import untouched
 
 MEMORY = 20  # measured steps that the share which B explains is a running mean of
-BOUND = 4  # samples for each noisy unit, after which a warm-up ends in any case: n_tot unknowns need n_tot samples (SPEC 4)
+BOUND = 2  # samples for each noisy unit, after which a warm-up ends in any case: B needs about one (SPEC 4)
 
 
 class Network(Stateful):
@@ -62,7 +62,7 @@ class Network(Stateful):
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
         self.warming = settings.auto  # a warm-up that ends by itself may last; compiled and captured steps look at the state alone
         if settings.auto:
-            self.state["warmup"] = torch.tensor([0, 0, 0, 0, 0, -math.inf, 0], dtype=torch.float64)  # see ``warm``
+            self.state["warmup"] = torch.zeros(7, dtype=torch.float64)  # see ``warm``
         self.current: Step | None = None  # the last training forward, until its loss has taken it
         self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
         self.entered = ""  # the layer whose module runs, where its weight is computed
@@ -246,7 +246,7 @@ class Network(Stateful):
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
-        if len(self.state.get("explained", ())) != 2 + len(self.points):
+        if settings.rule.explains and len(self.state.get("explained", ())) != 2 + len(self.points):
             self.state["explained"] = torch.zeros(2 + len(self.points), dtype=torch.float64, device=self.step.device)  # see ``explain``
         for layer, name in placement.reads.items():
             if (old := earlier.get(layer, name)) != name:  # B goes where its layer reads now
@@ -478,11 +478,12 @@ class Network(Stateful):
         mean = total / steps
         error = ((square - total * mean).clamp_min(0) / (steps * (steps - 1))).sqrt()  # of one step nan, which is above nothing
         full = samples >= 2 * begun
-        ended = (ended > 0) | (samples >= bound) | (full & (mean < 1.5 * before))
-        before = torch.where(full, torch.where((steps >= 8) & (mean > 4 * error), mean, -math.inf), before)
+        ended = (ended > 0) | (samples >= bound) | (full & (before > 0) & (mean < 1.5 * before))
+        before = torch.where(full, torch.where((steps >= 8) & (mean > 4 * error), mean, 0.0), before)
         begun = torch.where(full, samples, begun)
         steps, total, square = (torch.where(full, 0.0, v) for v in (steps, total, square))
-        self.state["warmup"].copy_(torch.stack((samples, begun, steps, total, square, before, ended.double())))
+        new = torch.stack((samples, begun, steps, total, square, before, ended.double()))
+        self.state["warmup"].copy_(torch.where(self.state["warmup"][-1] > 0, self.state["warmup"], new))  # a compiled step goes on
 
     def schedule(self, m: Measurement) -> None:
         """Direct: let B take the step before the next forward (SPEC 5)."""
@@ -566,7 +567,7 @@ class Network(Stateful):
     # checkpoints
 
     def names(self) -> tuple[str, ...]:
-        return (*(() if self.settings.layerwise else self.settings.rule.statistics), "explained", *["warmup"] * self.settings.auto)
+        return (*(() if self.settings.layerwise else self.settings.rule.statistics), "explained", "warmup")
 
     def home(self) -> torch.device:
         return self.step.device
