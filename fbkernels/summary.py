@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class PointSummary:
     units: int
     B: tuple[int, ...] | None
     bytes: int
-    explained: float  # its part of the share, see ``metrics.explained``
+    explained: float = field(compare=False)  # its part of the share, see ``metrics.explained``
 
 
 class Summary(list[PointSummary]):
@@ -93,8 +93,8 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
+    title += "" if math.isnan(share) else f", B explains {share:.1%} of what the noise does"
     own = shown.placement.own_weights if shown.placement is not None else ()
-    title += "" if math.isnan(share) else f"\nB explains {share:.1%} of what the noise does"
     title += f"\nno B, the error passes their own weights: {', '.join(own)}" * bool(own)
     return Summary(rows, title, peak, share)
 

@@ -53,6 +53,12 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def _warmup(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected auto or a number of steps, got {text!r}")
+    return text if text == "auto" else int(text)
+
+
 def _sizes(text: str) -> tuple[int, ...]:
     sizes = _names(text)
     if len(sizes) < 3 or not all(n.isdecimal() and int(n) for n in sizes) or int(sizes[-1]) < 2:
@@ -154,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--antithetic", action="store_true", help="perturb by +xi and -xi")
     p.add_argument(
         "--warmup",
-        type=lambda text: int(text) if text.isdecimal() else text,
+        type=_warmup,
         metavar="STEPS",
         help="first steps in which only B learns; default: auto, until B explains what it can, where it starts at zero",
     )

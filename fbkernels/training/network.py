@@ -246,8 +246,7 @@ class Network(Stateful):
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
-        if settings.rule.explains and len(self.state.get("explained", ())) != 2 + len(self.points):
-            self.state["explained"] = torch.zeros(2 + len(self.points), dtype=torch.float64, device=self.step.device)  # see ``explain``
+        self._reckon()
         for layer, name in placement.reads.items():
             if (old := earlier.get(layer, name)) != name:  # B goes where its layer reads now
                 self.points[name].state, points[old].state = points[old].state, {}
@@ -301,6 +300,13 @@ class Network(Stateful):
             names, weights = names_of(self.root[0])
             self.placement = replace(other.placement, names=names, weights=weights)
             self.buffers_known = frozenset(id(t) for t in self.root[0].buffers())
+            self._reckon()
+
+    def _reckon(self) -> None:
+        """Make the sums of ``explain``, where there are none for these points; a captured step finds them."""
+        n = 2 + len(self.points)
+        if self.settings.rule.explains and len(self.state.get("explained", ())) != n:
+            self.state["explained"] = torch.zeros(n, dtype=torch.float64, device=self.step.device)
 
     def reached(self, step: Step, chain: Chain) -> bool:
         """Whether the point of a chain that began has run."""
@@ -612,7 +618,7 @@ class Network(Stateful):
         step, which has none of them, pairs the rest right (timm's ModelEma)."""
         for name, m in root.named_modules():
             if isinstance(m, Stateful):
-                for k in m.state:
+                for k in m.names():
                     if (key := f"{prefix}{name}.{k}") in state_dict:
                         state_dict[key] = state_dict.pop(key)
 
