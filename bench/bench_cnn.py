@@ -39,7 +39,7 @@ def network(pool_first: bool = False) -> nn.Sequential:
 
 def ours(rule: fb.Rule) -> Step:
     x, y = batch()
-    net = fb.convert(network(), feedback="direct", rule=rule, noise_std=STD)
+    net = fb.convert(network(), feedback="direct", rule=rule, noise_std=STD, warmup=0)
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     return backprop(net, criterion, lambda: (x, y), LR, fused=True)
 

@@ -85,7 +85,7 @@ def steps(model: str, batch: int, size: int, device: str, compiler: str = "induc
         return MODELS[model]().to(device, memory_format=torch.channels_last)
 
     def learned(rule: fb.Rule, compiler: str | None = None, backend: str = "auto", feedback: str = "direct") -> Step:
-        net = fb.convert(network(), feedback=feedback, rule=rule, noise_std=STD, backend=backend)
+        net = fb.convert(network(), feedback=feedback, rule=rule, noise_std=STD, backend=backend, warmup=0)
         return training(net, fb.PerturbedLoss(nn.CrossEntropyLoss(), net), x, y, compiler)
 
     def backprop(compiler: str | None = None) -> Step:

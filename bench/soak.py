@@ -156,7 +156,7 @@ def modules(minutes: float, feedback: str, rule: fb.Rule) -> dict[str, Any]:
     x, y = data()
     torch.manual_seed(0)
     layers = [m for a, b in itertools.pairwise(SIZES) for m in (nn.Linear(a, b), nn.Tanh())]
-    net = fb.convert(nn.Sequential(*layers[:-1]), feedback=feedback, rule=rule, noise_std=STD, seed=1)
+    net = fb.convert(nn.Sequential(*layers[:-1]), feedback=feedback, rule=rule, noise_std=STD, seed=1, warmup=0)
     criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     generator = torch.Generator().manual_seed(1)

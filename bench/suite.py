@@ -472,9 +472,9 @@ FUSED_CALLS = 20
 
 
 def _convert(problem: Problem, rule: str, backend: str) -> nn.Module:
-    """Direct feedback as ``fbkernels train`` has it."""
+    """Direct feedback as ``fbkernels train`` has it, its warm-up over."""
     share = 4 if problem.residual else 1
-    return fb.convert(problem.net(), rule=RULES[rule](), noise_std=STD, share=share, backend=backend)
+    return fb.convert(problem.net(), rule=RULES[rule](), noise_std=STD, share=share, backend=backend, warmup=0)
 
 
 def step(problem: Problem) -> Case:

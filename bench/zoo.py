@@ -403,14 +403,14 @@ def examine(which: Architecture, structures: list[str], compiles: bool, doubles:
 def convert(structure: str, model: nn.Module, rule: fb.Rule | None = None) -> nn.Module:
     """The network in training, around a copy of the model."""
     rule = STRUCTURES[structure]() if rule is None else rule
-    return fb.convert(copy.deepcopy(model), feedback=structure, rule=rule, noise_std=STD, seed=SEED).train()
+    return fb.convert(copy.deepcopy(model), feedback=structure, rule=rule, noise_std=STD, seed=SEED, warmup=0).train()
 
 
 def in_float32(structure: str, model: nn.Module, plain: Plain, x: Tensor, y: Tensor, record: Recorded) -> None:
     net: nn.Module | None = None
     with record.check(structure, "step"):
         original = copy.deepcopy(model)
-        net = fb.convert(original, feedback=structure, rule=STRUCTURES[structure](), noise_std=STD, seed=SEED).train()
+        net = fb.convert(original, feedback=structure, rule=STRUCTURES[structure](), noise_std=STD, seed=SEED, warmup=0).train()
         loss = criterion(plain, net)
         out = seeded(lambda: net(x))
         state, outputs = generators(), leaves(out)

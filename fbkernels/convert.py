@@ -45,7 +45,7 @@ def convert(
     every: int = 1,
     fraction: float = 1.0,
     antithetic: bool = False,
-    warmup: int = 0,
+    warmup: int | str = "auto",
     backend: str = "auto",
     share: int | str = 1,
     rank: int | None = None,
@@ -74,7 +74,10 @@ def convert(
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, or of a process' part of it, in (0, 1].
         antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the noise of even orders.
-        warmup: in the first ``warmup`` steps only B learns; parameters get no gradient.
+        warmup: in the first ``warmup`` steps only B learns; parameters get no gradient. "auto": where B starts at zero and learns from
+            noise (``Ridge``, ``NormalizedLMS``, ``Joint``, rules of your own that start so), until the share of the noise's effect that B
+            explains (``fbkernels.metrics.explained``) stops rising, or for 2 samples a noisy unit; else 0. Gradients are zero until then,
+            so that GradScaler and DistributedDataParallel find them. Compiled and captured steps see it end as well.
         backend: "auto" or a name from ``fbkernels.backends()``.
         share: direct feedback: ``share`` x ``share`` neighbouring units of a channel, or with "channel" all of them, get the same noise and
             have one row of B, which learns the sum of their gradients; each gets the mean. So B is smaller and needs fewer samples, about
@@ -134,6 +137,7 @@ def convert(
         if feedback != "direct" or rule.private:
             raise ValueError(f"rank must be None with feedback={feedback!r} and {rule!r}, whose B has a column for no output, got {rank!r}")
     places = _places(model, points, include, exclude)
+    auto = warmup == "auto"
     settings = Settings(
         layerwise=feedback == "layerwise" and not rule.private,
         rule=rule,
@@ -143,7 +147,8 @@ def convert(
         every=integer("every", every, 1),
         fraction=float(in_interval("fraction", fraction, 0, 1, open_low=True)),
         antithetic=boolean("antithetic", antithetic),
-        warmup=integer("warmup", warmup, 0),
+        warmup=0 if auto else int(integer("warmup", warmup, 0)),
+        auto=auto and rule.starts_blind,
         backend=backend,
         share=_WHOLE if share == "channel" else int(share),
         rank=rank,

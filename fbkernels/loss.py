@@ -18,7 +18,7 @@ from fbkernels import ops
 from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, error
 from fbkernels.layout import Layout, Rows
-from fbkernels.training.autograd import Deliver
+from fbkernels.training.autograd import Deliver, Zeros
 from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
 from fbkernels.training.step import Step
@@ -65,7 +65,8 @@ class PerturbedLoss(nn.Module):
       rules that are no sum over samples (``NormalizedLMS``, your own without ``additive``) the regressors of each sample instead.
     * ``SyntheticGradient`` the sum of B's updates; ``Fixed``, ``WeightMirror`` and rules that follow W nothing.
 
-    and the number of rows and of skipped samples. Make the loss after ``init_process_group``, with the wrapped network where the group is
+    and the number of rows and of skipped samples; in a warm-up, and then in one step of eight, also two numbers and one for each point, the
+    sums behind ``metrics.explained``. Make the loss after ``init_process_group``, with the wrapped network where the group is
     not the default one. All processes take the same steps: no Join. DistributedDataParallel averages the gradients of W over processes:
     those of a mean are the batch's where parts are equal; else multiply the loss by ``processes * rows / batch``, or each process counts
     alike. B counts each sample alike in any case. Class weights and ignored targets are averaged in each process. Batch norm has each
@@ -169,6 +170,10 @@ class PerturbedLoss(nn.Module):
         perturbed = step.perturbing and any(step.changes[i] is not None for i in chosen)
         learns = rule.adapts and step.learning and (perturbed or not rule.perturbs) and (step.samples > 0 or step.part is not None)
         out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
+        if step.held is not None:  # without a look at it: what is compiled or captured goes on when the warm-up ends
+            out = torch.where(step.held, out.detach(), out)
+        elif step.constant and network.settings.auto:
+            out = Zeros.apply(out, *(p for p in self._net[0].parameters() if p.requires_grad))
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients

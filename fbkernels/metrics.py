@@ -1,4 +1,4 @@
-"""How close learned feedback is to backprop."""
+"""How close learned feedback is to backprop, and what shows it while a network trains."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map_only
 
 from fbkernels.criterion import PerSample, error
@@ -63,6 +64,78 @@ def alignment(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: An
             row["norm_ratio"] = math.nan if g is None else float(g.norm() / t.norm())
             result[name] = row
     return result
+
+
+def explained(net: nn.Module) -> tuple[float, dict[str, float]]:
+    """How much of what the noise does B explains: the share of the network, and each point's part of it.
+
+    ``1 - |t - p|^2 / |t|^2``, t what the noise did to the loss, ``dL`` (with ``Joint(signal="output")`` to the output, ``y~ - y``), and
+    ``p = sum_l xi_l B_l r_l`` what B said it would do, before it learned from that. It needs no backprop and no second pass: training
+    keeps running sums of it, over 20 measured steps, one step in eight once the warm-up is over. A point's part is
+    ``(2 t p_l - p_l^2) / |t|^2``, and the parts add up to the share, but for noise.
+
+    1 is reached where all samples have one Jacobian, as in a linear network; else B, which is one matrix for all, explains less. Below
+    zero B is more noise than signal: ``Ridge`` is, in large networks and for long, and the direction may help all the same (``alignment``).
+    nan where nothing was measured: rules without noise, before the first step. Reading it waits for the device.
+
+    Raises:
+        TypeError: net is not a converted network.
+    """
+    network = network_of(net)
+    if "explained" not in network.state:
+        return math.nan, dict.fromkeys(network.points, math.nan)
+    whole, *parts = network.state["explained"].tolist()
+    share, *own = (part / whole if whole else math.nan for part in parts)
+    return share, dict(zip(network.points, own, strict=True))
+
+
+def constant_guess(criterion: Callable[..., Tensor], y: Tensor) -> float | None:
+    """The mean loss of the best constant output, on all targets y of a training set: of nn.CrossEntropyLoss the entropy of the classes'
+    frequencies, log K where they are alike; of nn.MSELoss the targets' variance. None for other criteria, and with class weights, ignored
+    targets, or a reduction other than "mean"."""
+    own: Any = criterion.criterion if isinstance(criterion, PerturbedLoss) else criterion
+    if getattr(own, "reduction", "") != "mean":
+        return None
+    if isinstance(own, nn.MSELoss):
+        return float((y.double() - y.double().mean(0)).square().mean())
+    if not isinstance(own, nn.CrossEntropyLoss) or own.weight is not None or y.is_floating_point() or bool((y == own.ignore_index).any()):
+        return None
+    p = y.flatten().bincount().double() / y.numel()
+    p = (1 - own.label_smoothing) * p + own.label_smoothing / len(p)
+    return float(-torch.special.xlogy(p, p).sum())
+
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def runaway(net: nn.Module, loss: float, guess: float | None) -> str | None:
+    """What to do about a network that has run away: one whose training loss stays above that of the constant guess.
+
+    While B is noise, hidden weights take a random walk, activities of an unbounded network grow, and no error tells them to stop. Ask with
+    the mean training loss of an epoch, or of some hundred steps, and ``constant_guess``. The answer is given once for each converted
+    network, and None otherwise, as it is while a warm-up lasts, in which the parameters stand still; with ``guess`` None a loss that is
+    not finite is all that counts.
+
+    >>> if message := fb.metrics.runaway(net, epoch_loss, fb.metrics.constant_guess(criterion, train_y)):
+    ...     print(message)
+    """
+    if loss <= (math.inf if guess is None else guess) and math.isfinite(loss):
+        return None
+    helps, network = [], None
+    with contextlib.suppress(TypeError):
+        network = network_of(net)
+    if network is not None:
+        if network.holds or network.ran_away:
+            return None
+        network.ran_away = True
+    if not any(isinstance(m, _NORMS) for m in net.modules()):
+        helps.append("a normalisation behind each hidden layer, such as BatchNorm, which bounds the activities")
+    if network is not None and network.settings.rule.explains and not (network.settings.auto or network.settings.warmup):
+        how = "'auto'" if network.settings.rule.starts_blind else "500"
+        helps.append(f"a warm-up, in which B learns first (warmup={how})")
+    helps.append("a lower learning rate")
+    than = "" if guess is None else f", and a constant guess has {guess:.4g}"
+    return f"the network has run away: its training loss is {loss:.4g}{than}. What helps, in this order: {'; '.join(helps)}"
 
 
 def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Tensor, y: Any) -> dict[str, float]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fbkernels.loss import PerturbedLoss, network_of, unwrap
+from fbkernels.metrics import explained
 from fbkernels.placement import layer_of
 
 
@@ -27,17 +29,18 @@ class PointSummary:
     units: int
     B: tuple[int, ...] | None
     bytes: int
+    explained: float = field(compare=False)  # its part of the share, see ``metrics.explained``
 
 
 class Summary(list[PointSummary]):
     """What was converted; prints as a table."""
 
-    def __init__(self, rows: Iterable[PointSummary], title: str, peak: int | None = None) -> None:
+    def __init__(self, rows: Iterable[PointSummary], title: str, peak: int | None = None, explained: float = math.nan) -> None:
         super().__init__(rows)
-        self.title, self.peak = title, peak
+        self.title, self.peak, self.explained = title, peak, explained
 
     def __repr__(self) -> str:
-        head = ("point", "layer", "index", "units", "B", "memory")
+        head = ("point", "layer", "index", "units", "B", "memory", "explained")
         rows = [
             (
                 r.name,
@@ -45,6 +48,7 @@ class Summary(list[PointSummary]):
                 str(r.index),
                 str(r.units or "?"),
                 *(("x".join(map(str, r.B)), f"{r.bytes / 2**20:.2f} MiB") if r.B else "??"),
+                "-" if math.isnan(r.explained) else f"{r.explained:.1%}",
             )
             for r in self
         ]
@@ -61,7 +65,8 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
     Shapes are known after the first training forward; until then they read "?". With a batch ``x`` of inputs (on the meta device, if you
     like: only its shape counts) they are predicted, by a training step of plain torch operators on a copy without data, and with them
     ``peak``, the bytes that such a step holds at most: parameters, gradients, activities of both streams, B and its statistics; not what an
-    optimiser keeps, nor what it takes to draw the noise. The fused kernels need less.
+    optimiser keeps, nor what it takes to draw the noise. The fused kernels need less. ``explained`` is the share of the noise's effect that
+    B explains, and of a point its part: see ``fbkernels.metrics.explained``.
 
     Raises:
         TypeError: net is not a converted network.
@@ -79,18 +84,20 @@ def summary(net: nn.Module, x: Tensor | None = None) -> Summary:
         peak = memory.peak
         text = f", a step on {len(x)} samples at most {peak / 2**20:.2f} MiB"
     shown = network_of(root)
+    share, parts = explained(net)
     rows = []
     for name, point in shown.points.items():
         B = point.B
         layer, shape = type(root.get_submodule(layer_of(point.reads or name))).__name__, None if B is None else tuple(B.shape)
-        rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state)))
+        rows.append(PointSummary(name, layer, point.index, point.units, shape, _bytes(point.state), parts.get(name, math.nan)))
     title = (
         f"{type(root).__name__}: {network.settings}\n{sum(r.units for r in rows)} noisy units, step {int(network.step)}, "
         f"{int(network.skipped)} samples skipped, shared statistics {_bytes(shown.state) / 2**20:.2f} MiB{text}"
     )
+    title += "" if math.isnan(share) else f", B explains {share:.1%} of what the noise does"
     own = shown.placement.own_weights if shown.placement is not None else ()
     title += f"\nno B, the error passes the weights themselves: {', '.join(own)}" * bool(own)
-    return Summary(rows, title, peak)
+    return Summary(rows, title, peak, share)
 
 
 def _squares(output: Any, target: Any) -> Tensor:

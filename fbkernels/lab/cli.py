@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from fbkernels.lab.paper import EXPERIMENTS, SCALES, reproduce
 
 __all__ = ["main"]
 
-COLUMNS = ("method", "seed", "epoch", "loss", "train %", "val %", "test %", "angle", "s")
+COLUMNS = ("method", "seed", "epoch", "loss", "train %", "val %", "test %", "B %", "angle", "s")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,6 +51,12 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not 1 <= len(seeds) <= 1000:
         raise argparse.ArgumentTypeError(f"expected a number of seeds, 1 to 1000, or a list of seeds such as 0,3,7, got {text!r}")
     return seeds
+
+
+def _warmup(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected auto or a number of steps, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -151,7 +158,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--every", type=int, metavar="K", help="perturb each K-th step only")
     p.add_argument("--fraction", type=float, metavar="F", help="perturb the first fraction F of a batch only")
     p.add_argument("--antithetic", action="store_true", help="perturb by +xi and -xi")
-    p.add_argument("--warmup", type=int, metavar="STEPS", help="first steps in which only B learns")
+    p.add_argument(
+        "--warmup",
+        type=_warmup,
+        metavar="STEPS",
+        help="first steps in which only B learns; default: auto, until B explains what it can, where it starts at zero",
+    )
     p.add_argument("--device", help=f"default: {default.device}")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast; default: bfloat16 on a GPU, but mlp and cnn")
     p.add_argument("--compile", action="store_true", help="torch.compile; not ridge, lms, nlms and joint in layerwise")
@@ -254,7 +266,12 @@ def _train(given: dict[str, Any]) -> int:
                 numbers = (record["train_loss"], record["train_accuracy"], record["val_accuracy"], record["test_accuracy"])
                 texts = ("-" if v is None else f"{v:.{d}f}" for v, d in zip(numbers, (3, 2, 2, 2), strict=True))
                 angle = f"{sum(angles) / len(angles):.0f}" if angles else "-"
-                bar.console.print(_line(record["method"], record["seed"], record["epoch"], *texts, angle, f"{record['seconds']:.1f}"))
+                share = _percent(record["explained"])
+                bar.console.print(
+                    _line(record["method"], record["seed"], record["epoch"], *texts, share, angle, f"{record['seconds']:.1f}")
+                )
+                if record["warning"]:
+                    bar.console.print(f"{record['method']}: {record['warning']}", highlight=False, markup=False)
 
             def watch(p: job.Progress) -> bool:
                 if p.done % 20 == 0 or p.done == p.total:  # reading numbers waits for the device
@@ -263,7 +280,7 @@ def _train(given: dict[str, Any]) -> int:
                         completed=p.done,
                         total=p.total,
                         description=f"{p.method}, epoch {p.epoch}/{settings.epochs}" + f", seed {p.seed}" * (len(settings.seeds) > 1),
-                        state=f"loss {float(p.loss):.3f}  accuracy {float(p.accuracy):.1f}%",
+                        state=f"loss {float(p.loss):.3f}  accuracy {float(p.accuracy):.1f}%  B explains {_share(p)}",
                     )
                 return interrupted
 
@@ -277,6 +294,14 @@ def _train(given: dict[str, Any]) -> int:
     Console().print(_table(job.summarise(records), settings))
     print(f"metrics.jsonl, summary.json, accuracy.png and angle.png are in {out}")
     return 0
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.0f}"
+
+
+def _share(p: job.Progress) -> str:
+    return "-" if p.method == "backprop" else f"{_percent(fb.metrics.explained(p.net)[0])}%"
 
 
 def _line(*values: Any) -> str:

@@ -29,6 +29,7 @@ from fbkernels.lab.data import NAMES, crop_and_flip, draw_crops, load
 from fbkernels.lab.models import MODELS, block_points
 from fbkernels.lab.plot import curves
 from fbkernels.rules import RULES
+from fbkernels.training.network import Network
 
 __all__ = [
     "METHODS",
@@ -131,7 +132,7 @@ class Settings:
     every: int = 1
     fraction: float = 1.0
     antithetic: bool = False
-    warmup: int = 0  # steps; rivals without a B to learn start at once
+    warmup: int | str = "auto"  # steps, or as convert does; rivals without a B to learn start at once
     device: str = "cpu"
     dtype: str = "float32"  # or "bfloat16": autocast
     compile: bool = False  # torch.compile; direct feedback and backprop
@@ -211,7 +212,7 @@ def lr_factor(schedule: str, step: int, steps: int) -> float:
 
 
 class Progress(NamedTuple):
-    """What ``watch`` sees after a step. loss: of the batch; accuracy: in % on the epoch's batches so far."""
+    """What ``watch`` sees after a step. loss: of the batch; accuracy: in % on the epoch's batches so far; net: what trains."""
 
     method: str
     seed: int
@@ -220,6 +221,7 @@ class Progress(NamedTuple):
     total: int
     loss: Tensor
     accuracy: Tensor
+    net: nn.Module
 
 
 class _Images:
@@ -319,7 +321,7 @@ def build(
             every=s.every,
             fraction=s.fraction,
             antithetic=s.antithetic,
-            warmup=s.warmup if rule.adapts else 0,
+            warmup=s.warmup if rule.adapts or s.warmup == "auto" else 0,
         )
         criterion = fb.PerturbedLoss(criterion, net)
     return net, criterion, optimizer(net.parameters(), lr=lr, weight_decay=decay)
@@ -335,7 +337,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Run the job, or the rest of it, and write its results into the folder ``out``.
 
-    ``metrics.jsonl``: a line for each method, seed and epoch, as returned. ``summary.json``: settings, versions, hardware, results.
+    ``metrics.jsonl``: a line for each method, seed and epoch, as returned: "explained" is ``fb.metrics.explained``, "warning" what
+    ``fb.metrics.runaway`` said, of epochs behind the warm-up. ``summary.json``: settings, versions, hardware, results.
     ``accuracy.png``, ``angle.png``: the curves. ``METHOD-SEED.pt``: final weights. ``checkpoint.pt``: where to continue, rewritten after
     each epoch; files are replaced atomically, so there is a valid one at any time.
 
@@ -394,6 +397,7 @@ def _run(
     runs = [(seed, method) for seed in settings.seeds for method in settings.methods]
     steps = -(-data.n // settings.batch_size)
     records: list[dict[str, Any]] = at["records"]
+    guess = fb.metrics.constant_guess(nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing), data.train[1])
 
     def save(run: int, epoch: int, step: int, **state: Any) -> None:
         state |= {"settings": asdict(settings), "records": records, "run": run, "epoch": epoch, "step": step}
@@ -421,6 +425,7 @@ def _run(
             optimizer.load_state_dict(at["optimizer"])
         for epoch in range(at["epoch"] if resumed else 0, settings.epochs):
             inside = resumed and epoch == at["epoch"]
+            steady = at["steady"] if inside else not _warming(net)
             first = at["step"] if inside else 0
             totals = at["totals"].to(settings.device) if inside else torch.zeros(3, dtype=torch.float64, device=settings.device)
             seconds, start = at["seconds"] if inside else 0.0, time.perf_counter()
@@ -438,10 +443,11 @@ def _run(
                     totals += torch.stack((loss.double() * len(y), (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))))
                 done = (run * settings.epochs + epoch) * steps + step + 1
                 accuracy = 100 * totals[1] / totals[2]
-                stop = watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy))
+                stop = watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy, net))
                 if stop or time.monotonic() - saved > SAVE_EVERY:
                     spent = seconds + time.perf_counter() - start
-                    save(run, epoch, step + 1, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=spent)
+                    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "totals": totals}
+                    save(run, epoch, step + 1, **state, seconds=spent, steady=steady)
                     saved = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
@@ -455,6 +461,8 @@ def _run(
             probe = data.batch(data.held, slice(HELD_OUT))
             torch.manual_seed(seed)
             points = {} if method == "backprop" or diverged else fb.metrics.alignment(net, criterion, *probe)
+            share, parts = (None, {}) if method == "backprop" else fb.metrics.explained(net)
+            named = any(r.get("warning") for r in records if (r["method"], r["seed"]) == (method, seed))
             record = {
                 "method": method,
                 "seed": seed,
@@ -465,7 +473,12 @@ def _run(
                 "val_accuracy": val_accuracy,
                 "test_loss": _number(test_loss),
                 "test_accuracy": test_accuracy,
-                "points": {name: {k: _number(p[k]) for k in ("angle", "update_angle")} for name, p in points.items()},
+                "explained": _number(share),
+                "points": {
+                    name: {k: _number(p[k]) for k in ("angle", "update_angle")} | {"explained": _number(parts[name])}
+                    for name, p in points.items()
+                },
+                "warning": None if named or not steady else fb.metrics.runaway(net, train_loss, guess),
                 "seconds": seconds,
                 "images_per_second": data.n / seconds,
             }
@@ -516,6 +529,7 @@ def summarise(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             row[key] = {"final": spread([r[key] for r in last]), "best": spread(bests)}
         for key in ("angle", "update_angle"):
             row[key] = {p: spread([r["points"].get(p, {}).get(key) for r in last]) for p in last[0]["points"]}
+        row["explained"] = spread([r.get("explained") for r in last])
         for key in ("seconds", "images_per_second"):
             row[key] = spread([_mean([r[key] for r in rs]) for rs in runs.values()])
         results[method] = row
@@ -536,6 +550,12 @@ def hardware(device: str) -> dict[str, Any]:
         cpu = platform.processor()
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _warming(net: nn.Module) -> bool:
+    """Whether the next step is one in which only B learns."""
+    network = getattr(net, "feedback", None)
+    return isinstance(network, Network) and network.holds
 
 
 def _autocast(s: Settings) -> torch.autocast:

@@ -128,6 +128,20 @@ class Rule:
         """Whether it needs the loss of each sample and e in ``layerwise``, where the output's gradient is autograd's."""
         return self.private or (self.adapts and self.regresses)
 
+    @property
+    def explains(self) -> bool:
+        """Whether B predicts what the noise does, so that one can ask for the share that it explains."""
+        return self.adapts and self.regresses and self.perturbs
+
+    @property
+    def starts_blind(self) -> bool:
+        """Whether that B starts at zero: until it has learned, hidden layers get nothing, and then noise."""
+        return self.explains and type(self).start is Rule.start
+
+    def effect(self, m: Measurement, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Direct: what the noise did [N, ...], and what B said of it [points, N, ...], from ``Xi_l B_l`` [points, N, m]."""
+        return m.loss_change, (prediction * m.regressor).sum(-1)
+
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         """(M, G) of B <- B (I - M) + Xi^T G, or ((R, Q), w) of M = R^T Q and G = w * Q, which costs less where N < m."""
         raise NotImplementedError(f"{type(self).__name__} does not update B")

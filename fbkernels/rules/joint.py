@@ -46,6 +46,9 @@ class Joint(Rule):
         if signal == "output":
             self.structures = ("direct",)
 
+    def effect(self, m: Measurement, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        return (m.output_change, prediction) if self.signal == "output" else super().effect(m, prediction)
+
     def update(self, m: Measurement, state: dict[str, Tensor]) -> tuple[Gain, Tensor]:
         scale = self.lr / (m.std**2 * max(m.units, m.batch))
         if self.signal == "output":

@@ -129,6 +129,20 @@ class Reach(torch.autograd.Function):
         return g, *ctx.none
 
 
+class Zeros(torch.autograd.Function):
+    """The loss, with a gradient of zero for each parameter: in a warm-up they learn nothing, and GradScaler and DistributedDataParallel
+    want to see a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g, *(torch.zeros_like(p) for p in ctx.parameters)
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What stands between a layer and its point: phi and a pooling, in either order."""

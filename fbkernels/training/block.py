@@ -63,7 +63,7 @@ def run_block(step: Step, point: FeedbackPoint, waiting: Waiting, predicts: bool
         point.store(new)
         point.check(before)
     if prediction.numel():
-        step.predictions.append(prediction)
+        step.predictions[point.name] = prediction
     # Dynamo traces no backward pass that leaves something behind
     unpools = epilogue.pool == "max" and chosen == "triton" and not torch.compiler.is_compiling()
     kept = kept if kept.numel() else h.detach()

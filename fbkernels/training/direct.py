@@ -39,7 +39,7 @@ class Direct(Step):
     def point(self, mode: Streams, chain: Chain, h: Tensor, d: Tensor | None, waiting: Waiting | None) -> tuple[Tensor, Tensor, Any]:
         network = self.network
         point = network.points[chain.point]
-        predicts = self.perturbing and network.settings.rule.predicts and not self.again
+        predicts = self.predicts and not self.again
         if waiting is not None:
             block = run_block(self, point, waiting, predicts)
             if block is not None:
@@ -53,7 +53,7 @@ class Direct(Step):
             point.lay(Layout.of(h, self.samples, maps, network.settings.share, self.rows_of(point.name)))
             prediction = point.flush(self.perturbed_rows if predicts else 0)
             if prediction is not None:
-                self.predictions.append(prediction)
+                self.predictions[point.name] = prediction
             if self.perturbing:
                 xi = point.noise(network.step, self.perturbed_rows, h.dtype, self.offset)
                 xi = torch.cat((xi, -xi)) if self.antithetic else xi

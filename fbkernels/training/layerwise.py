@@ -154,14 +154,19 @@ class Layerwise(Step):
             ok = ok.view(column) & (c != 0) & torch.isfinite(delta).flatten(1).all(1).view(column)
             r = point.regressors(torch.where(ok, delta / c, torch.zeros_like(delta)))
             measured.append((point, point.connection, m.at(r)))
-        if rule.predicts:
-            predicted = torch.zeros_like(m.loss_change)
+        units = sum(connection.channels for _, connection, _ in measured)
+        if rule.predicts or self.explains:
+            predictions: dict[str, Tensor] = {}
             for point, connection, own in measured:
                 B = point.state["B"]
                 product = (point.regressand(own, B.dtype) * (own.regressor @ connection.matrix(B).mT)).sum(-1)  # [S] or [groups, S]
-                predicted = predicted + product.view(-1, own.rows, len(own.w) // own.rows).sum((0, 2))
+                predictions[point.name] = product.view(-1, own.rows, len(own.w) // own.rows).sum((0, 2))
+            predicted = sum(predictions.values(), torch.zeros_like(m.loss_change))
             for _, _, own in measured:
-                own.prediction, own.units = predicted, sum(connection.channels for _, connection, _ in measured)
+                own.prediction, own.units = predicted, units
+            if self.explains and predictions:
+                nothing = torch.zeros_like(m.loss_change)
+                network.explain(m, units, m.loss_change, torch.stack([predictions.get(p, nothing) for p in network.points]))
         for point, _, own in measured:
             point.pending = own if rule.additive else own.gathered(rule.exchanged)
             point.pending.gains = rule.update(point.pending, point.state)  # FeedbackPoint.flush looks at B itself

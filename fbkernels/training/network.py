@@ -34,6 +34,9 @@ from fbkernels.training.settings import Settings
 from fbkernels.training.step import Step
 from fbkernels.untouched import untouched
 
+MEMORY = 20  # measured steps that the share which B explains is a running mean of
+BOUND = 2  # samples for each noisy unit, after which a warm-up ends in any case: B needs about one (SPEC 4)
+
 
 class Network(Stateful):
     """The rule, the noise and the points of a converted network; it runs the training forward and hands B's updates on."""
@@ -57,13 +60,16 @@ class Network(Stateful):
         self.buffers_known: frozenset[int] = frozenset()
         self.moved = False  # buffers may be other tensors since
         self.steps = 0  # the host's copy of step, so that every= and warmup= need no synchronisation
+        self.warming = settings.auto  # a warm-up that ends by itself may last; compiled and captured steps look at the state alone
+        if settings.auto:
+            self.state["warmup"] = torch.zeros(7, dtype=torch.float64)  # see ``warm``
         self.current: Step | None = None  # the last training forward, until its loss has taken it
         self.running: tuple[Any, ...] = ()  # the recorder or mode of the forward that runs; a tuple, so that Dynamo sees no module
         self.entered = ""  # the layer whose module runs, where its weight is computed
         self.watched = False  # a forward hook of the user's changes an activity
         self.offset = 0  # of this process' first perturbed row among those of all
         self.probe = ""  # metrics: "exact" (backprop through the same points) or "learned", both without noise
-        self.warned = self.unseen = self.named = self.lost = self.told = False  # what a warning was given of
+        self.warned = self.unseen = self.named = self.lost = self.told = self.ran_away = False  # what a warning was given of
         self.measured: list[tuple[Step, Measurement]] = []  # layerwise: steps whose backward pass has run
         self.static = False  # a CUDA graph was captured: what one step hands to the next keeps its storage
         self.scheduled: Measurement | None = None  # the last step that B was to learn from
@@ -149,6 +155,8 @@ class Network(Stateful):
             self.flush()
         if capturing(self.step):
             self._capture()
+        if self.warming and not (compiling or capturing(self.step) or self.step.is_meta):
+            self.warming = not bool(self.state["warmup"][-1])
         self.current = None
         if self.moved and not compiling:
             self.moved, self.buffers_known = False, frozenset(id(t) for t in root.buffers())
@@ -239,6 +247,7 @@ class Network(Stateful):
             raise ValueError("no feedback point was reached in the forward pass: name modules that run with points=[...]")
         self.buffers_known = frozenset(id(t) for t in root.buffers())
         self._number(root, placement)
+        self._reckon()
         for layer, name in placement.reads.items():
             if (old := earlier.get(layer, name)) != name:  # B goes where its layer reads now
                 self.points[name].state, points[old].state = points[old].state, {}
@@ -292,6 +301,13 @@ class Network(Stateful):
             names, weights = names_of(self.root[0])
             self.placement = replace(other.placement, names=names, weights=weights)
             self.buffers_known = frozenset(id(t) for t in self.root[0].buffers())
+            self._reckon()
+
+    def _reckon(self) -> None:
+        """Make the sums of ``explain``, where there are none for these points; a captured step finds them."""
+        n = 2 + len(self.points)
+        if self.settings.rule.explains and len(self.state.get("explained", ())) != n:
+            self.state["explained"] = torch.zeros(n, dtype=torch.float64, device=self.step.device)
 
     def reached(self, step: Step, chain: Chain) -> bool:
         """Whether the point of a chain that began has run."""
@@ -414,14 +430,14 @@ class Network(Stateful):
         zero."""
         settings, n = self.settings, len(ok)
         w = (dL / settings.noise_std**2).to(dtype)
-        prediction: Tensor | float = torch.cat(step.predictions).sum(0) if step.predictions else 0.0
+        prediction: Tensor | float = torch.cat([*step.predictions.values()]).sum(0) if step.predictions else 0.0
         e = e[:n]
         if not (self.looks and bool(ok.all()) and math.isfinite(float(w.sum()))):
             ok = ok & torch.isfinite(w)
             self.skip(ok)
             e, dy, prediction = torch.where(ok[:, None], e, 0.0), torch.where(ok[:, None], dy, 0.0), prediction * ok[:, None]
             w, dL = torch.where(ok, w, 0.0), torch.where(ok, dL, 0.0)
-        return Measurement(
+        m = Measurement(
             step=self.step.clone(),
             rows=n,
             std=settings.noise_std,
@@ -436,6 +452,45 @@ class Network(Stateful):
             ok=ok,
             part=step.part,
         )
+        if step.explains and not settings.layerwise:
+            nothing = torch.zeros_like(m.regressor)
+            Xi_B = torch.stack([step.predictions[p].sum(0) if p in step.predictions else nothing for p in self.points])
+            self.explain(m, m.units, *settings.rule.effect(m, Xi_B * ok[:, None]))
+        return m
+
+    def explain(self, m: Measurement, units: int, t: Tensor, p: Tensor) -> None:
+        """Add a step to the running sums behind ``metrics.explained``: of t [N, ...], what the noise did, and of p [points, N, ...], what
+        each point's B said before it learned from that. A point's part is 2 t p - p^2: their sum is t^2 - (t - sum p)^2, but for
+        products of two layers' noise, which are zero in the mean."""
+        t, p = t.double(), p.double()
+        whole, left = t.square().sum(), (t - p.sum(0)).square().sum()
+        sums = m.sum(torch.cat((torch.stack((whole, whole - left)), (2 * t * p - p.square()).flatten(1).sum(1))))
+        self.state["explained"].mul_(1 - 1 / MEMORY).add_(sums)
+        if self.warming:
+            self.warm(torch.where(sums[0] > 0, sums[1] / sums[0], 0.0), m.batch, BOUND * units)
+
+    @property
+    def holds(self) -> bool:
+        """Whether parameters stand still in the next step, since B learns first."""
+        return bool(self.state["warmup"][-1] == 0) if self.settings.auto else int(self.step) < self.settings.warmup
+
+    def warm(self, share: Tensor, rows: int, bound: int) -> None:
+        """A step of the warm-up that ends by itself, on the device: a function of what was measured, of all processes together.
+
+        Its mean share is compared over stretches of samples, each as long as all before it. The warm-up ends behind one that is less than
+        half as much again as the one before, if that had 8 steps or more and was 4 standard errors above zero; or after ``bound`` samples.
+        """
+        samples, begun, steps, total, square, before, ended = self.state["warmup"].unbind()
+        samples, steps, total, square = samples + rows, steps + 1, total + share, square + share.square()
+        mean = total / steps
+        error = ((square - total * mean).clamp_min(0) / (steps * (steps - 1))).sqrt()  # of one step nan, which is above nothing
+        full = samples >= 2 * begun
+        ended = (ended > 0) | (samples >= bound) | (full & (before > 0) & (mean < 1.5 * before))
+        before = torch.where(full, torch.where((steps >= 8) & (mean > 4 * error), mean, 0.0), before)
+        begun = torch.where(full, samples, begun)
+        steps, total, square = (torch.where(full, 0.0, v) for v in (steps, total, square))
+        new = torch.stack((samples, begun, steps, total, square, before, ended.double()))
+        self.state["warmup"].copy_(torch.where(self.state["warmup"][-1] > 0, self.state["warmup"], new))  # a compiled step goes on
 
     def schedule(self, m: Measurement) -> None:
         """Direct: let B take the step before the next forward (SPEC 5)."""
@@ -490,7 +545,7 @@ class Network(Stateful):
 
     def advance(self) -> None:
         self.step.add_(1)
-        if self.settings.every > 1 or self.settings.warmup:
+        if self.settings.every > 1 or self.settings.warmup or not torch.compiler.is_compiling():
             self.steps += 1
 
     def warn(self) -> None:
@@ -519,7 +574,7 @@ class Network(Stateful):
     # checkpoints
 
     def names(self) -> tuple[str, ...]:
-        return () if self.settings.layerwise else self.settings.rule.statistics
+        return (*(() if self.settings.layerwise else self.settings.rule.statistics), "explained", "warmup")
 
     def home(self) -> torch.device:
         return self.step.device
@@ -527,7 +582,8 @@ class Network(Stateful):
     def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
         own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
-        own |= {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
+        states = {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
+        own |= {key: t for key, t in states.items() if not key.endswith(".explained")}  # as long as there are points by now
         for key, t in own.items():
             if key in state_dict and state_dict[key].shape != t.shape:
                 raise ValueError(
@@ -571,7 +627,7 @@ class Network(Stateful):
         step, which has none of them, pairs the rest right (timm's ModelEma)."""
         for name, m in root.named_modules():
             if isinstance(m, Stateful):
-                for k in m.state:
+                for k in m.names():
                     if (key := f"{prefix}{name}.{k}") in state_dict:
                         state_dict[key] = state_dict.pop(key)
 
@@ -606,8 +662,12 @@ class Network(Stateful):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *args)
         if prefix + "method" in unexpected:
             unexpected.remove(prefix + "method")
+        missing[:] = [key for key in missing if key not in (prefix + "explained", prefix + "warmup")]  # those of before have none
         if prefix + "step" in state_dict:
             self.steps = int(state_dict[prefix + "step"])
+            self.warming = self.settings.auto
+            if self.warming and prefix + "warmup" not in state_dict:  # the network has trained without one
+                self.state["warmup"][-1] = 1
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

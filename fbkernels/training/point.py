@@ -59,7 +59,7 @@ class Stateful(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # a mirror's B lies as its weight does, transposed, which safetensors refuses
-        destination.update({prefix + name: t.contiguous() for name, t in self.state.items() if name in self.names()})
+        destination.update({prefix + name: self.state[name].contiguous() for name in self.names() if name in self.state})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -20,6 +20,7 @@ class Settings:
     fraction: float
     antithetic: bool
     warmup: int
+    auto: bool  # warm-up ends by itself
     backend: str
     share: int  # places along each dimension of a map that have one noise and one row of B
     rank: int | None  # columns of B, where they are fewer than outputs
@@ -40,7 +41,7 @@ class Settings:
     @property
     def described(self) -> dict[str, object]:
         """What processes have to have in common."""
-        names = ("noise_std", "noise", "seed", "share", "rank", "every", "fraction", "antithetic", "warmup", "backend")
+        names = ("noise_std", "noise", "seed", "share", "rank", "every", "fraction", "antithetic", "warmup", "auto", "backend")
         return {"feedback": self.structure, "rule": repr(self.rule)} | {n: getattr(self, n) for n in names}
 
     def __str__(self) -> str:

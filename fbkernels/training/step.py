@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fbkernels.training.processes import Part
 
 
+SHARE_EVERY = 8  # steps: the share that B explains is measured in one of so many, once the warm-up is over
+
+
 class Step:
     """One training forward, and what its loss and its backward pass need. ``Direct`` and ``Layerwise`` say what happens at a point."""
 
@@ -31,7 +34,15 @@ class Step:
         settings = network.settings
         self.network, self.placement, self.samples = network, placement, samples
         self.learning, self.perturbing, self.probe = learning, perturbing, probe  # probe: of metrics, see Network
-        self.constant = not probe and network.steps < settings.warmup  # warm-up: only B learns
+        self.constant = not probe and settings.warmup > 0 and network.steps < settings.warmup  # warm-up: only B learns
+        self.held: Tensor | None = None  # direct, of a warm-up that ends by itself: bool, whether it lasts
+        if network.warming and not probe:
+            self.constant = settings.layerwise
+            self.held = None if settings.layerwise else network.state["warmup"][-1] == 0
+        fixed = torch.compiler.is_compiling() or network.static  # the same operations in each step
+        due = settings.rule.predicts if fixed else network.steps % SHARE_EVERY == 0
+        self.explains = settings.rule.explains and perturbing and not probe and (network.warming or due)
+        self.predicts = perturbing and (settings.rule.predicts or self.explains)
         self.random = placement.random
         self.antithetic = settings.antithetic
         self.perturbed_rows = samples if settings.fraction == 1 else math.ceil(settings.fraction * samples)
@@ -44,7 +55,7 @@ class Step:
         self.part: Part | None = None  # of the perturbed rows of all processes
         self.activities: dict[str, Tensor] = {}  # h_l by point, before its cut, until the loss has taken them
         self.blocks: dict[str, tuple[Behind, Tensor, Tensor | None]] = {}  # fused ones, what phi' is read from, and the winners
-        self.predictions: list[Tensor] = []  # [parts, rows, outputs] of each point: their sum is sum_l Xi_l B_l
+        self.predictions: dict[str, Tensor] = {}  # [parts, rows, outputs] of each point: their sum is sum_l Xi_l B_l
         self.outputs: list[Tensor] = []
         self.own = True  # the loss takes the outputs themselves, no functions of them
         self.changes: list[Tensor | None] = []  # of the outputs, by the noise

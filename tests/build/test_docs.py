@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import fbkernels as fb
+
 TUTORIAL = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"nan|\d+(?:\.\d+)?(?:e-\d+)?")
@@ -35,7 +37,8 @@ def test_agreement() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*non-finite loss")
 @pytest.mark.usefixtures("one_thread")
-def test_tutorial() -> None:
+def test_tutorial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fb.convert.__kwdefaults__, "warmup", "auto")  # its own default, see conftest
     names: dict[str, Any] = {}
     blocks = BLOCK.findall(TUTORIAL)
     assert len(blocks) == TUTORIAL.count("```python") > 8

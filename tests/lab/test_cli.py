@@ -1,6 +1,7 @@
 """The command line, on the embedded digits data set."""
 
 import json
+import math
 import random
 import re
 import signal
@@ -189,6 +190,28 @@ def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
     assert summary["results"]["ridge"]["train_loss"]["final"]["mean"] is None
 
 
+def test_a_runaway_is_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"epochs": 3, "train_images": 300, "optimizer": "sgd", "lr": 30.0, "feedback": "direct", "rule": "ridge", "threads": 1}
+    settings = job.Settings(**given, compare=("backprop",))
+    records = job.train(settings, tmp_path / "whole")
+    assert all(math.log(10) < r["train_loss"] for r in records[1:])
+    # of ridge the first epoch begins with a warm-up
+    assert [bool(r["warning"]) for r in records] == [False, True, False, True, False, False]
+    assert "a normalisation behind each hidden layer" in records[1]["warning"]
+    interrupt(settings, tmp_path / "parts", 7, 10, 13, 22)
+    assert same_results(tmp_path / "whole", tmp_path / "parts")
+    options = ["--epochs", "2", "--optimizer", "sgd", "--lr", "30", "--feedback", "direct", "--compare", "", "--train-images", "300"]
+    assert cli.main(["train", *options, "--out", str(tmp_path / "x")]) == 0
+    assert "".join(capsys.readouterr().err.split()).count("ridge:thenetworkhasrunaway:") == 1
+
+
+def test_what_B_explains_is_in_the_records(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all((r["explained"] is None) == (r["method"] != "ridge") for r in lines)
+    assert all(isinstance(p["explained"], float) for r in lines if r["method"] == "ridge" for p in r["points"].values())
+    assert json.loads((whole / "summary.json").read_text())["results"]["ridge"]["explained"]["mean"] == lines[1]["explained"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -203,6 +226,7 @@ def test_a_diverged_method_does_not_stop_the_job(tmp_path: Path) -> None:
         (["--rule-arg", "gamma=-1"], r"gamma must be a finite number > 0, got -1.0"),
         (["--rule-arg", "gamma"], r"argument --rule-arg: expected NAME=NUMBER, got 'gamma'"),
         (["--noise-std", "-1"], r"noise_std must be a finite number > 0, got -1.0"),
+        (["--warmup", "soon"], r"argument --warmup: expected auto or a number of steps, got 'soon'"),
         (["--lr", "0"], r"lr must be a finite number > 0, got 0.0"),
         (["--epochs", "0"], r"epochs must be an integer in \[1, .*\], got 0"),
         (["--train-images", "5000"], r"train_images must be 1 to 1314, .*, got 5000"),

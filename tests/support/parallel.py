@@ -37,6 +37,10 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 5))
 
 
+def small() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 5))
+
+
 @dataclass
 class Training:
     rule: Callable[[], fb.Rule]
@@ -61,6 +65,8 @@ TRAININGS = {
     "direct ridge, accumulated": Training(fb.Ridge, accumulate=2),
     "direct ridge, antithetic": Training(fb.Ridge, convert={"antithetic": True, "noise": "rademacher"}),
     "direct ridge, every second step after a warm-up": Training(fb.Ridge, convert={"every": 2, "warmup": 2}),
+    "direct ridge, a warm-up of two steps that ends by itself": Training(fb.Ridge, model=small, convert={"warmup": "auto"}, uneven=True),
+    "layerwise joint, a warm-up of two steps that ends by itself": Training(joint("loss"), "layerwise", small, convert={"warmup": "auto"}),
     "direct ridge, unused parameters": Training(fb.Ridge, ddp={"find_unused_parameters": True}),
     "direct ridge, static graph": Training(fb.Ridge, ddp={"static_graph": True}),
     "direct ridge, a broken sample": Training(fb.Ridge, broken=True),
@@ -102,7 +108,7 @@ def parts(batch: int, world: int, uneven: bool) -> list[int]:
 
 def build(training: Training, **changed: Any) -> nn.Module:
     torch.manual_seed(0)
-    options = {"noise_std": 0.1, "seed": 3, **training.convert, **changed}
+    options = {"noise_std": 0.1, "seed": 3, "warmup": 0, **training.convert, **changed}
     return fb.convert(training.model().to(training.dtype), feedback=training.feedback, rule=training.rule(), **options)
 
 

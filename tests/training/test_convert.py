@@ -333,8 +333,8 @@ def test_summary() -> None:
     text = str(rows).splitlines()
     assert text[0] == "Sequential: direct, rule=Ridge(gamma=0.5, forgetting=1.0), noise_std=0.25, noise='gaussian'"
     assert text[1].startswith("22 noisy units, step 3, 0 samples skipped")
-    assert text[2].split() == ["point", "layer", "index", "units", "B", "memory"]
-    assert text[3].split() == ["0", "Conv2d", "0", "16", "16x5", "0.00", "MiB"]
+    assert text[2].split() == ["point", "layer", "index", "units", "B", "memory", "explained"]
+    assert text[3].split() == ["0", "Conv2d", "0", "16", "16x5", "0.00", "MiB", "0.0%"]  # B was zero in the one step that was measured
     layerwise = fb.convert(cnn(), feedback="layerwise")
     train(layerwise, steps=2)
     # a layerwise B has the shape of the next layer's weight, transposed

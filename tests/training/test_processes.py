@@ -91,7 +91,7 @@ class Counted(Part):
 
 
 def test_what_a_step_sends() -> None:
-    """Beside W's gradients: K + 1 numbers a sample, K for Joint; in layerwise as much as W."""
+    """Beside W's gradients: K + 1 numbers a sample, K for Joint; in layerwise as much as W. In the first step also what B explains."""
 
     def step(rule: fb.Rule, feedback: str = "direct") -> list[int]:
         net = fb.convert(parallel.mlp(), feedback=feedback, rule=rule)
@@ -100,16 +100,16 @@ def test_what_a_step_sends() -> None:
         criterion(net(torch.randn(7, 3, 8, 8)), torch.randint(5, (7,))).backward()
         return sorted(processes.sent)
 
-    skipped, B = 1, [20 * 10, 10 * 5]
+    skipped, share, B = 1, 2 + 2, [20 * 10, 10 * 5]
     for rule in (fb.Ridge(), fb.LMS(0.1), fb.NormalizedLMS(0.1)):
-        assert step(rule) == [skipped, 7 * 6]
-    assert step(fb.Joint(signal="output")) == [skipped, 7 * 5]
-    assert step(fb.Joint(signal="loss")) == [skipped, 1, 7 * 5]  # the mean of |r|^2
+        assert step(rule) == [skipped, share, 7 * 6]
+    assert step(fb.Joint(signal="output")) == [skipped, share, 7 * 5]
+    assert step(fb.Joint(signal="loss")) == [skipped, 1, share, 7 * 5]  # the mean of |r|^2
     assert step(fb.Fixed()) == step(fb.KolenPollack(), "layerwise") == step(fb.WeightMirror(), "layerwise") == [skipped]
-    assert step(fb.LMS(0.1), "layerwise") == sorted([skipped, *B])
-    assert step(fb.Ridge(), "layerwise") == sorted([skipped, *B, 10 * 10, 5 * 5])
-    assert step(fb.Joint(), "layerwise") == sorted([skipped, *B, 1, 1])
-    assert step(fb.NormalizedLMS(0.1), "layerwise") == sorted([skipped, 7 * 11, 7 * 6])
+    assert step(fb.LMS(0.1), "layerwise") == sorted([skipped, share, *B])
+    assert step(fb.Ridge(), "layerwise") == sorted([skipped, share, *B, 10 * 10, 5 * 5])
+    assert step(fb.Joint(), "layerwise") == sorted([skipped, share, *B, 1, 1])
+    assert step(fb.NormalizedLMS(0.1), "layerwise") == sorted([skipped, share, 7 * 11, 7 * 6])
 
 
 def test_a_rule_of_ones_own_gets_the_samples_of_all() -> None:

@@ -161,6 +161,7 @@ class CNN:
                 noise_std=self.noise_std,
                 seed=self.seed,
                 points=names if self.published else None,
+                warmup=0 if self.published else "auto",
             )
             criterion = fb.PerturbedLoss(criterion, net)
         adam = TF1Adam if self.published else torch.optim.Adam
