@@ -283,7 +283,8 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
             results.append(pargs[0] if name == "__setitem__" else r)
         moved, base = results[: len(signs)], results[-1] if low else result
         if whole:
-            like = [d for t in given if (d := mode.d(t)) is not None and t.shape == getattr(result, "shape", None)]
+            shape = result.shape if isinstance(result, Tensor) else None
+            like = [mode.d(t) for t in given if t.shape == shape and mode.d(t) is not None]
             moved = [_joined(mode, moved, *like[:1])]
             base = _joined(mode, [base] * len(signs), *like[:1]) if low else base
         d = _difference(mode, moved[0], base, result, low)
