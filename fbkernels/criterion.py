@@ -54,10 +54,16 @@ class PerSample:
         self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
         self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
         self.compared = 0
-        self.generators = [] if self.plain else [v for v in _held(criterion) if drawn(v) is not None]  # of its own
+        self.generators = [] if self.plain else generators_of(criterion)
         self.steps = 0  # of which its graph was looked at, and has shown:
         self.coupled = False  # a sample's loss depends on the outputs of others
         self.others = False  # a gradient goes to more than the output: a target, weights of the loss
+
+    def __getstate__(self) -> dict[str, Any]:  # no generator can be copied
+        return {k: v for k, v in self.__dict__.items() if k != "generators"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, generators=[] if state["plain"] else generators_of(state["criterion"]))
 
     @property
     def reduction(self) -> str:
@@ -213,14 +219,15 @@ def _value(state: Any) -> Any:
     return value.numpy().tobytes() if isinstance(value, Tensor) else value if isinstance(value, tuple) else pickle.dumps(value)
 
 
-def _held(criterion: Any) -> Iterator[Any]:
-    """What a criterion has: as attributes, as arguments, from around it, by a global name; and what its functions have."""
-    held, seen = [criterion], set[int]()
+def generators_of(criterion: Any) -> list[Any]:
+    """Generators that a criterion has: as attributes, as arguments, from around it, by a global name; and those that its functions have."""
+    held, seen, found = [criterion], set[int](), []
     for x in held:  # which grows
         if id(x) in seen:
             continue
         seen.add(id(x))
-        yield x
+        if drawn(x) is not None:
+            found.append(x)
         if str(getattr(x, "__module__", "")).startswith("torch."):
             continue
         if isinstance(x, functools.partial):
@@ -228,10 +235,12 @@ def _held(criterion: Any) -> Iterator[Any]:
         elif isinstance(x, types.MethodType):
             held += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
         elif isinstance(x, types.FunctionType):
-            around = inspect.getclosurevars(x)
-            held += [*around.nonlocals.values(), *around.globals.values()]
+            with contextlib.suppress(ValueError):  # a variable that has no value yet
+                around = inspect.getclosurevars(x)
+                held += [*around.nonlocals.values(), *around.globals.values()]
         elif x is criterion or isinstance(x, nn.Module):
-            held += [getattr(x, "forward", x.__call__), *vars(x).values(), *getattr(x, "_modules", {}).values()]
+            held += [getattr(x, "forward", x.__call__), *getattr(x, "__dict__", {}).values(), *getattr(x, "_modules", {}).values()]
+    return found
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fbkernels.stream.kinds import in_place, name_of
 from fbkernels.stream.synchronised import normalised
@@ -239,7 +240,9 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     low = any(t.dtype in (torch.bfloat16, torch.float16) for t in given)
     random = site.random is not None and func in site.random if not torch.compiler.is_compiling() else False
     # random numbers, or what else has a row for each sample: they are those of the whole batch, which runs once for each sign
-    whole = site.partial() and (random or any(mode.mark(t) is None and site.samples in t.shape for t in given))
+    whole = site.partial() and (
+        random or any(mode.mark(t) is None and not isinstance(t, Parameter) and site.samples in t.shape for t in given)
+    )
 
     def other(t: Tensor, sign: int | None) -> Tensor:
         h, d = t.detach(), mode.d(t)
@@ -280,7 +283,8 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
             results.append(pargs[0] if name == "__setitem__" else r)
         moved, base = results[: len(signs)], results[-1] if low else result
         if whole:
-            like = [d for t in given if (d := mode.d(t)) is not None and t.shape == getattr(result, "shape", None)]
+            shape = result.shape if isinstance(result, Tensor) else None
+            like = [mode.d(t) for t in given if t.shape == shape and mode.d(t) is not None]
             moved = [_joined(mode, moved, *like[:1])]
             base = _joined(mode, [base] * len(signs), *like[:1]) if low else base
         d = _difference(mode, moved[0], base, result, low)

@@ -650,7 +650,7 @@ class Network(Stateful):
         return self
 
     def _restart(self, device: torch.device) -> None:
-        self.step, self.skipped = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        self.step, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -448,3 +448,26 @@ def test_both_streams_have_the_masks_of_the_clean_one(drop: str, options: dict[s
     torch.manual_seed(0)
     torch.testing.assert_close(out, model(IMAGES[:8].double()), rtol=1e-12, atol=1e-12)
     assert 1e-13 < float(net.feedback.current.changes[0].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("options", [{"antithetic": True}, {"fraction": 0.5}], ids=str)
+def test_a_mask_that_is_made_for_each_sample_compiles(options: dict[str, Any]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(self.a(x))
+            return self.o(h.masked_fill(torch.arange(16) < torch.arange(len(h))[:, None], 0.0))
+
+    x, y, found = torch.randn(6, 8), torch.randint(4, (6,)), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = fb.convert(Masked(), rule=fb.LMS(1e-2), **options)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        criterion(net(x), y).backward()
+        run = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+        criterion(run(x), y).backward()
+        found.append(fb.points(net)["a"].B)
+    torch.testing.assert_close(*found)

@@ -586,6 +586,11 @@ def test_a_criterion_that_begins_to_draw(draw: Callable[[Any], Any], how: dict[s
             back()
         torch.testing.assert_close(value.detach(), criterion(out, Y).detach())
         assert float(after) == float(draw(criterion))
+    copy.deepcopy(fb.PerturbedLoss(functools.partial(drawing, draw), net))
+
+
+def drawing(draw: Callable[[Any], Any], z: Tensor, y: Tensor) -> Tensor:
+    return z.square().sum(1) * torch.rand((), generator=GENERATOR)
 
 
 def test_what_a_hook_keeps_for_the_forward() -> None:
