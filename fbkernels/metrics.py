@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,18 +108,21 @@ def constant_guess(criterion: Callable[..., Tensor], y: Tensor) -> float | None:
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
-def runaway(net: nn.Module, loss: float, guess: float | None) -> str | None:
+def runaway(net: nn.Module, losses: Sequence[float], guess: float | None) -> str | None:
     """What to do about a network that has run away: one whose training loss stays above that of the constant guess.
 
-    While B is noise, hidden weights take a random walk, activities of an unbounded network grow, and no error tells them to stop. Ask with
-    the mean training loss of an epoch, or of some hundred steps, and ``constant_guess``. The answer is given once for each converted
-    network, and None otherwise, as it is while a warm-up lasts, in which the parameters stand still; with ``guess`` None a loss that is
-    not finite is all that counts.
+    While B is noise, hidden weights take a random walk, activities of an unbounded network grow, and no error tells them to stop. The
+    last loss counts as one that stays above where it is twice the guess or not finite, or no less than the loss before it, which a young
+    network with dropout is not. The answer is given once for each converted network, and None otherwise, as it is while a warm-up lasts,
+    in which the parameters stand still.
 
-    >>> if message := fb.metrics.runaway(net, epoch_loss, fb.metrics.constant_guess(criterion, train_y)):
-    ...     print(message)
+    Args:
+        net: a converted network, or a plain one.
+        losses: mean training losses, of each epoch so far, or of each some hundred steps.
+        guess: of ``constant_guess``; None: a loss that is not finite is all that counts.
     """
-    if loss <= (math.inf if guess is None else guess) and math.isfinite(loss):
+    loss, before = losses[-1], losses[-2] if len(losses) > 1 else math.inf
+    if math.isfinite(loss) and (guess is None or loss <= guess or (loss <= 2 * guess and not loss >= before)):
         return None
     helps, network = [], None
     with contextlib.suppress(TypeError):

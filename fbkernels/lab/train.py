@@ -462,7 +462,9 @@ def _run(
             torch.manual_seed(seed)
             points = {} if method == "backprop" or diverged else fb.metrics.alignment(net, criterion, *probe)
             share, parts = (None, {}) if method == "backprop" else fb.metrics.explained(net)
-            named = any(r.get("warning") for r in records if (r["method"], r["seed"]) == (method, seed))
+            earlier = [r for r in records if (r["method"], r["seed"]) == (method, seed)]
+            named = any(r.get("warning") for r in earlier)
+            losses = [*(math.nan if r["train_loss"] is None else r["train_loss"] for r in earlier), train_loss]
             record = {
                 "method": method,
                 "seed": seed,
@@ -478,7 +480,7 @@ def _run(
                     name: {k: _number(p[k]) for k in ("angle", "update_angle")} | {"explained": _number(parts[name])}
                     for name, p in points.items()
                 },
-                "warning": None if named or not steady else fb.metrics.runaway(net, train_loss, guess),
+                "warning": None if named or not steady else fb.metrics.runaway(net, losses, guess),
                 "seconds": seconds,
                 "images_per_second": data.n / seconds,
             }

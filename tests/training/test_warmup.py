@@ -287,23 +287,25 @@ def test_the_constant_guess() -> None:
 def test_a_runaway_is_named_once() -> None:
     guess = math.log(5)
     net = fb.convert(mlp(), warmup=0)
-    assert fb.metrics.runaway(net, guess, guess) is None
-    said = fb.metrics.runaway(net, 5489.0, guess)
+    for fine in ([guess], [9.0, 1.2 * guess], [1.2 * guess]):
+        assert fb.metrics.runaway(net, fine, guess) is None
+    said = fb.metrics.runaway(net, [5489.0], guess)
     assert said is not None
     seen, helps = said.split("What helps, in this order: ")
     assert "5489" in seen
     assert "1.609" in seen
     assert [h.split()[1] for h in helps.split("; ")] == ["normalisation", "warm-up,", "lower"]
-    assert fb.metrics.runaway(net, 6000.0, guess) is None
+    assert fb.metrics.runaway(net, [6000.0], guess) is None
 
     warming = fb.convert(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)).double(), warmup="auto")
-    assert fb.metrics.runaway(warming, 9.0, guess) is None  # its parameters stand still
+    assert fb.metrics.runaway(warming, [9.0], guess) is None  # its parameters stand still
     steps(warming, range(3))
-    assert (fb.metrics.runaway(warming, 9.0, guess) or "").endswith("in this order: a lower learning rate")
+    assert (fb.metrics.runaway(warming, [9.0], guess) or "").endswith("in this order: a lower learning rate")
 
     other = fb.convert(mlp(), rule=fb.LMS(0.1), warmup=1)
-    assert fb.metrics.runaway(other, math.nan, None) is None
+    assert fb.metrics.runaway(other, [math.nan], None) is None
     fb.PerturbedLoss(nn.CrossEntropyLoss(), other)(other(batch(0)[0]), batch(0)[1]).backward()
-    assert fb.metrics.runaway(other, 1e30, None) is None  # nothing is known to compare it with
-    assert "is nan" in (fb.metrics.runaway(other, math.nan, None) or "")
-    assert "is 7, and" in (fb.metrics.runaway(mlp(), 7.0, guess) or "")  # a plain one, too
+    assert fb.metrics.runaway(other, [1e30], None) is None  # nothing is known to compare it with
+    assert "is nan" in (fb.metrics.runaway(other, [math.nan], None) or "")
+    assert fb.metrics.runaway(mlp(), [1.2 * guess, 1.2 * guess], guess)  # it stays
+    assert "is 7, and" in (fb.metrics.runaway(mlp(), [7.0], guess) or "")  # a plain one, too
