@@ -1,3 +1,3 @@
 """The version of the distribution, and of the compiled part that belongs to it."""
 
-version = "0.1.0"
+version = "0.2.0"
