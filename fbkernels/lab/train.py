@@ -477,7 +477,7 @@ def _run(
                 "test_accuracy": test_accuracy,
                 "explained": _number(share),
                 "points": {
-                    name: {k: _number(p[k]) for k in ("angle", "update_angle")} | {"explained": _number(parts[name])}
+                    name: {k: _number(p[k]) for k in ("angle", "update_angle")} | {"explained": _number(parts.get(name))}
                     for name, p in points.items()
                 },
                 "warning": None if named or not steady else fb.metrics.runaway(net, losses, guess),
