@@ -71,7 +71,8 @@ def explained(net: nn.Module) -> tuple[float, dict[str, float]]:
 
     ``1 - |t - p|^2 / |t|^2``, t what the noise did to the loss, ``dL`` (with ``Joint(signal="output")`` to the output, ``y~ - y``), and
     ``p = sum_l xi_l B_l r_l`` what B said it would do, before it learned from that. It needs no backprop and no second pass: training
-    keeps running sums of it, over 20 measured steps, one step in eight once the warm-up is over. A point's part is
+    keeps running sums of it, over 20 measured steps, one step in eight once the warm-up is over; in compiled and captured steps each one
+    with ``Joint``, and no other. No checkpoint has these sums. A point's part is
     ``(2 t p_l - p_l^2) / |t|^2``, and the parts add up to the share, but for noise.
 
     1 is reached where all samples have one Jacobian, as in a linear network; else B, which is one matrix for all, explains less. Below

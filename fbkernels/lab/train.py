@@ -28,6 +28,7 @@ from fbkernels.lab import files
 from fbkernels.lab.data import NAMES, crop_and_flip, draw_crops, load
 from fbkernels.lab.models import MODELS, block_points
 from fbkernels.lab.plot import curves
+from fbkernels.loss import network_of
 from fbkernels.rules import RULES
 from fbkernels.training.network import Network
 
@@ -422,6 +423,8 @@ def _run(
         resumed = run == at["run"] and "net" in at
         if resumed:
             net.load_state_dict(at["net"])
+            if at["explained"] is not None:
+                network_of(net).state["explained"] = at["explained"].to(settings.device)
             optimizer.load_state_dict(at["optimizer"])
         for epoch in range(at["epoch"] if resumed else 0, settings.epochs):
             inside = resumed and epoch == at["epoch"]
@@ -446,8 +449,7 @@ def _run(
                 stop = watch(Progress(method, seed, epoch + 1, done, len(runs) * settings.epochs * steps, loss.detach(), accuracy, net))
                 if stop or time.monotonic() - saved > SAVE_EVERY:
                     spent = seconds + time.perf_counter() - start
-                    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "totals": totals}
-                    save(run, epoch, step + 1, **state, seconds=spent, steady=steady)
+                    save(run, epoch, step + 1, **_state(net, optimizer), totals=totals, seconds=spent, steady=steady)
                     saved = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
@@ -489,7 +491,7 @@ def _run(
                 file.write(json.dumps(record) + "\n")
             log(record)
             totals = torch.zeros_like(totals)
-            save(run, epoch + 1, 0, net=net.state_dict(), optimizer=optimizer.state_dict(), totals=totals, seconds=0.0)
+            save(run, epoch + 1, 0, **_state(net, optimizer), totals=totals, seconds=0.0)
         files.save(folder / f"{method}-{seed}.pt", net.state_dict())
     save(len(runs), 0, 0)
     return records
@@ -552,6 +554,12 @@ def hardware(device: str) -> dict[str, Any]:
         cpu = platform.processor()
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def _state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    network = getattr(net, "feedback", None)
+    explained = network.state.get("explained") if isinstance(network, Network) else None
+    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "explained": explained}
 
 
 def _warming(net: nn.Module) -> bool:

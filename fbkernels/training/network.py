@@ -461,7 +461,7 @@ class Network(Stateful):
     def explain(self, m: Measurement, units: int, t: Tensor, p: Tensor) -> None:
         """Add a step to the running sums behind ``metrics.explained``: of t [N, ...], what the noise did, and of p [points, N, ...], what
         each point's B said before it learned from that. A point's part is 2 t p - p^2: their sum is t^2 - (t - sum p)^2, but for
-        products of two layers' noise, which are zero in the mean."""
+        products of two layers' noise, which are zero in the mean. No checkpoint has them: compiled steps measure at other steps."""
         t, p = t.double(), p.double()
         whole, left = t.square().sum(), (t - p.sum(0)).square().sum()
         sums = m.sum(torch.cat((torch.stack((whole, whole - left)), (2 * t * p - p.square()).flatten(1).sum(1))))
@@ -574,7 +574,7 @@ class Network(Stateful):
     # checkpoints
 
     def names(self) -> tuple[str, ...]:
-        return (*(() if self.settings.layerwise else self.settings.rule.statistics), "explained", "warmup")
+        return (*(() if self.settings.layerwise else self.settings.rule.statistics), "warmup")
 
     def home(self) -> torch.device:
         return self.step.device
@@ -582,8 +582,7 @@ class Network(Stateful):
     def check(self, root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Hook before a checkpoint is loaded into the network: refuse another network's before anything is written."""
         own = {prefix + k: t for k, t in (*root.named_parameters(), *root.named_buffers())}
-        states = {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
-        own |= {key: t for key, t in states.items() if not key.endswith(".explained")}  # as long as there are points by now
+        own |= {f"{prefix}{n}.{k}": t for n, m in root.named_modules() if isinstance(m, Stateful) for k, t in m.state.items()}
         for key, t in own.items():
             if key in state_dict and state_dict[key].shape != t.shape:
                 raise ValueError(
@@ -662,7 +661,7 @@ class Network(Stateful):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, *args)
         if prefix + "method" in unexpected:
             unexpected.remove(prefix + "method")
-        missing[:] = [key for key in missing if key not in (prefix + "explained", prefix + "warmup")]  # those of before have none
+        missing[:] = [key for key in missing if key != prefix + "warmup"]  # checkpoints of 0.1 have none
         if prefix + "step" in state_dict:
             self.steps = int(state_dict[prefix + "step"])
             self.warming = self.settings.auto

@@ -8,7 +8,6 @@ import report
 import soak
 import torch
 
-import fbkernels as fb
 from fbkernels import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,7 +49,7 @@ def test_soak(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_committed_soak_leaked_nothing() -> None:
     record = json.loads((report.RESULTS / "soak.json").read_text())
     assert report.soaked(report.RESULTS / "soak.json") in (report.RESULTS / "README.md").read_text()
-    assert record["versions"]["fbkernels"] == fb.__version__
+    assert f"## {record['versions']['fbkernels']}\n" in (report.RESULTS.parents[1] / "CHANGELOG.md").read_text()
     for name, r in record["results"].items():
         assert r["bytes_per_step_upper"] < soak.SMALLEST, name
         # least squares by the processor's own LAPACK kernels

@@ -129,8 +129,8 @@ def test_resume_bit_for_bit(feedback: str) -> None:
 def test_checkpoints_from_before_load_and_go_on_without_one() -> None:
     net = fb.convert(mlp(), warmup="auto")
     steps(net, range(2))
-    state = {k: t for k, t in net.state_dict().items() if not k.endswith((".shared.warmup", ".shared.explained"))}
-    assert len(state) == len(net.state_dict()) - 2
+    state = {k: t for k, t in net.state_dict().items() if not k.endswith(".shared.warmup")}
+    assert len(state) == len(net.state_dict()) - 1
     for there in (fb.convert(mlp(), warmup="auto"), net):
         there.load_state_dict(state)
         assert steps(there, range(2, 3)) == [True]
@@ -174,7 +174,7 @@ def test_a_compiled_step_sees_it_end() -> None:
     two = steps(compiled, range(STEPS + 4), torch.optim.SGD(compiled.parameters(), 0.1), run)
     assert one == two == [False] * STEPS + [True] * 4
     ours, theirs = eager.state_dict(), compiled.state_dict()
-    assert all(torch.allclose(ours[k].double(), theirs[k].double(), atol=1e-5) for k in ours if not k.endswith(".explained"))
+    assert all(torch.allclose(ours[k].double(), theirs[k].double(), atol=1e-5) for k in ours)
     assert torch.equal(ours["0.feedback.shared.warmup"][[0, -1]], torch.tensor([STEPS * N, 1.0]).double())
 
 
