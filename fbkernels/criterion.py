@@ -7,8 +7,8 @@ import contextlib
 import copy
 import functools
 import inspect
+import marshal
 import math
-import pickle
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -216,7 +216,9 @@ class PerSample:
 
 def _value(state: Any) -> Any:
     value = state.args[-1]
-    return value.numpy().tobytes() if isinstance(value, Tensor) else value if isinstance(value, tuple) else pickle.dumps(value)
+    if isinstance(value, Tensor):
+        return value.numpy().tobytes()
+    return value if isinstance(value, tuple) else marshal.dumps(value)  # which is never read
 
 
 def generators_of(criterion: Any) -> list[Any]:
