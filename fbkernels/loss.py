@@ -172,7 +172,7 @@ class PerturbedLoss(nn.Module):
         out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
         if step.held is not None:  # without a look at it: what is compiled or captured goes on when the warm-up ends
             out = torch.where(step.held, out.detach(), out)
-        elif step.constant and network.settings.auto:
+        elif step.zeros:
             out = Zeros.apply(out, *(p for p in self._net[0].parameters() if p.requires_grad))
         with torch.no_grad():
             if rule.supervised:

@@ -596,6 +596,7 @@ class Network(Stateful):
             if state_dict and ours and f"{ours}.step" not in state_dict and (self.step.is_meta or not int(self.step)):  # the plain model's
                 self._restart(next(iter(state_dict.values())).device if self.step.is_meta else self.step.device)
                 state_dict |= {f"{ours}.step": self.step, f"{ours}.skipped": self.skipped}
+                state_dict |= {f"{ours}.{k}": t for k, t in self.state.items() if k == "warmup"}
             return
         found = {k.rpartition(".")[0] for k in state_dict if k.endswith(".B")}
         modules, made = dict(root.named_modules(remove_duplicate=False)), set[str]()
@@ -650,6 +651,8 @@ class Network(Stateful):
 
     def _restart(self, device: torch.device) -> None:
         self.step, self.skipped = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        if self.settings.auto:
+            self.state["warmup"] = torch.zeros(7, dtype=torch.float64, device=device)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], unexpected: list[str], *args: Any

@@ -36,10 +36,13 @@ class Step:
         self.learning, self.perturbing, self.probe = learning, perturbing, probe  # probe: of metrics, see Network
         self.constant = not probe and settings.warmup > 0 and network.steps < settings.warmup  # warm-up: only B learns
         self.held: Tensor | None = None  # direct, of a warm-up that ends by itself: bool, whether it lasts
-        if network.warming and not probe:
-            self.constant = settings.layerwise
-            self.held = None if settings.layerwise else network.state["warmup"][-1] == 0
+        self.zeros = False  # its gradients are not None, which Adam does better with, but zero
         fixed = torch.compiler.is_compiling() or network.static  # the same operations in each step
+        if network.warming and not probe:
+            # DistributedDataParallel and, with autocast, GradScaler look for gradients
+            self.zeros = fixed or network.processes is not None or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+            self.constant = settings.layerwise or not self.zeros
+            self.held = None if self.constant else network.state["warmup"][-1] == 0
         due = settings.rule.predicts if fixed else network.steps % SHARE_EVERY == 0
         self.explains = settings.rule.explains and perturbing and not probe and (network.warming or due)
         self.predicts = perturbing and (settings.rule.predicts or self.explains)

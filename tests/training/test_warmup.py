@@ -33,8 +33,8 @@ def batch(step: int, n: int = N, dtype: torch.dtype = torch.float64) -> tuple[Te
 
 
 def gradients(net: nn.Module) -> list[bool]:
-    """Whether any is not zero; each is there."""
-    return [bool(p.grad.any()) for p in net.parameters()]  # type: ignore[union-attr]
+    """Whether each is there and not zero."""
+    return [p.grad is not None and bool(p.grad.any()) for p in net.parameters()]
 
 
 def steps(net: nn.Module, which: range, optimizer: torch.optim.Optimizer | None = None, run: Any = None) -> list[bool]:
@@ -150,6 +150,22 @@ def test_accumulation_ends_it_after_as_many_samples(feedback: str) -> None:
     assert seen == STEPS * N
 
 
+def test_a_plain_state_dict_does_not_end_it() -> None:
+    net = fb.convert(mlp(), warmup="auto")
+    net.load_state_dict(mlp().state_dict())
+    assert network_of(net).holds
+    assert steps(net, range(STEPS + 1)) == [False] * STEPS + [True]
+
+
+def test_adam_counts_no_step_of_it() -> None:
+    net = fb.convert(mlp(), warmup="auto")
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
+    before = [p.detach().clone() for p in net.parameters()]
+    assert not any(steps(net, range(STEPS), optimizer))
+    assert not optimizer.state
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("feedback", STRUCTURES)
 def test_grad_scaler_finds_gradients(feedback: str) -> None:
     net = fb.convert(mlp(dtype=torch.float32), feedback=feedback, warmup="auto")
@@ -159,7 +175,8 @@ def test_grad_scaler_finds_gradients(feedback: str) -> None:
     for t in range(STEPS + 1):
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
         x, y = batch(t, dtype=torch.float32)
-        loss = criterion(net(x), y)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = criterion(net(x), y)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
