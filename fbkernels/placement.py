@@ -321,7 +321,7 @@ def place(
         chain, last = _chain(c, graph, found)
         if chain is None or (found and not hidden(c.layer[0])):
             continue
-        _known(c.layer)
+        _check_name(c.layer)
         placement.layers[c.layer] = chain
         ends[last.outs[0]] = (max(i, recorder.calls.index(last)), chain)
     for i, c in enumerate(recorder.calls):
@@ -368,7 +368,7 @@ def run_of(layer: tuple[str, int]) -> str:
     return f"{name}:{before + 1}" if before else name
 
 
-def _known(layer: tuple[str, int]) -> None:
+def _check_name(layer: tuple[str, int]) -> None:
     if layer[0] == "layer" and layer[1]:
         raise ValueError(
             "two layers have weights that are no parameters, a tied one's weight.T perhaps, and feedback cannot tell them apart: "
@@ -478,7 +478,7 @@ def _reads(
         source = ends[v][1].point if v in ends and not (alone and shared) else ""
         if not source and not everywhere:
             continue
-        _known(c.layer)
+        _check_name(c.layer)
         first = next((point for (name, _), point in placement.reads.items() if name == c.layer[0]), None) if shares else None
         if first is not None:
             read.add(source)

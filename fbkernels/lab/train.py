@@ -557,15 +557,21 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def _state(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    network = getattr(net, "feedback", None)
-    explained = network.state.get("explained") if isinstance(network, Network) else None
+    network = _network(net)
+    explained = None if network is None else network.state.get("explained")
     return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "explained": explained}
 
 
 def _warming(net: nn.Module) -> bool:
     """Whether the next step is one in which only B learns."""
+    network = _network(net)
+    return network is not None and network.holds
+
+
+def _network(net: nn.Module) -> Network | None:
+    """What the points share; None of backprop's plain model."""
     network = getattr(net, "feedback", None)
-    return isinstance(network, Network) and network.holds
+    return network if isinstance(network, Network) else None
 
 
 def _autocast(s: Settings) -> torch.autocast:

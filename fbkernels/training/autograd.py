@@ -130,8 +130,8 @@ class Reach(torch.autograd.Function):
 
 
 class Zeros(torch.autograd.Function):
-    """The loss, with a gradient of zero for each parameter: in a warm-up they learn nothing, and GradScaler and DistributedDataParallel
-    want to see a gradient."""
+    """The loss, with a gradient of zero for each parameter: what the layerwise warm-up leaves where GradScaler and
+    DistributedDataParallel look for one."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:

@@ -643,9 +643,9 @@ class Network(Stateful):
         destination[prefix + "method"] = torch.tensor(list(self.settings.method.encode()), dtype=torch.uint8, device=self.step.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.moved, made = True, self.step.is_meta
+        self.moved, empty = True, self.step.is_meta
         super()._apply(fn, recurse)
-        if made and not self.step.is_meta:  # to_empty
+        if empty and not self.step.is_meta:  # to_empty
             self._restart(self.step.device)
         return self
 

@@ -36,7 +36,7 @@ class Step:
         self.learning, self.perturbing, self.probe = learning, perturbing, probe  # probe: of metrics, see Network
         self.constant = not probe and settings.warmup > 0 and network.steps < settings.warmup  # warm-up: only B learns
         self.held: Tensor | None = None  # direct, of a warm-up that ends by itself: bool, whether it lasts
-        self.zeros = False  # its gradients are not None, which Adam does better with, but zero
+        self.zeros = False  # its gradients are zero in place of None, and Adam counts its steps
         fixed = torch.compiler.is_compiling() or network.static  # the same operations in each step
         if network.warming and not probe:
             # DistributedDataParallel and, with autocast, GradScaler look for gradients
