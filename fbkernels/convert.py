@@ -301,8 +301,17 @@ def _places(
         if _matches(n, _patterns("include", include), True) and not _matches(n, _patterns("exclude", exclude), False)
     }
     if not found:
-        raise ValueError(f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}")
+        others = [f"{type(m).__name__} {n!r}" for n, m in modules.items() if isinstance(m, _POINTED_BY_NAME)]
+        cells = [f"{type(m).__name__} {n!r}" for n, m in modules.items() if isinstance(m, nn.RNNCellBase)]
+        raise ValueError(
+            f"model has no hidden Linear or convolution layer to put a feedback point after: its layers are {layers!r}"
+            + f"; {', '.join(others)} can have one right behind, by name: points=[...]" * bool(others)
+            + f"; {', '.join(cells)} can have none: write the recurrence with nn.Linear" * bool(cells)
+        )
     return found
+
+
+_POINTED_BY_NAME = (nn.RNNBase, nn.MultiheadAttention, nn.Bilinear)
 
 
 def _layers(model: nn.Module) -> list[str]:

@@ -7,9 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
-import marshal
 import math
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fbkernels._tree import differs
+from fbkernels.draws import Draws, drawn, generators_of, shared_generators, state_of
 from fbkernels.layout import Layout
-from fbkernels.untouched import drawn, shared_generators
 
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -55,15 +53,16 @@ class PerSample:
         self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
         self.compared = 0
         self.generators = [] if self.plain else generators_of(criterion)
+        self.draws: Draws | None = None  # of the last call, on outputs in their own dtype; None while it has drawn nothing
         self.steps = 0  # of which its graph was looked at, and has shown:
         self.coupled = False  # a sample's loss depends on the outputs of others
         self.others = False  # a gradient goes to more than the output: a target, weights of the loss
 
     def __getstate__(self) -> dict[str, Any]:  # no generator can be copied
-        return {k: v for k, v in self.__dict__.items() if k != "generators"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("generators", "draws")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, generators=[] if state["plain"] else generators_of(state["criterion"]))
+        self.__dict__.update(state, generators=[] if state["plain"] else generators_of(state["criterion"]), draws=None)
 
     @property
     def reduction(self) -> str:
@@ -84,9 +83,8 @@ class PerSample:
         if losses.ndim == 0 or len(losses) not in (len(logits), samples):
             raise ValueError(
                 f"criterion must give one loss per sample, got shape {tuple(losses.shape)} for {len(logits) if samples < 0 else samples} "
-                "samples: "
-                "pass a module or function with a `reduction` argument, or one that returns a loss for each sample; samples come first in "
-                "what the network takes, not time"
+                "samples: pass a module or function with a `reduction` argument, or one that returns a loss for each sample; samples come "
+                "first in what the network takes, not time; WeightMirror(), layerwise, takes a loss that is one number"
             )
         if self.reduction == "none" and losses.ndim > 1:
             raise ValueError(
@@ -100,11 +98,14 @@ class PerSample:
         dtype: torch.dtype = next(t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
         if torch.compiler.is_compiling() and self.module:
             return self._traced(output, target, reduction, dtype)
+        states = [] if self.draws is None else self.states()
         try:
             return self._eager(output, target, reduction, clean, dtype)
         except RuntimeError:  # one that refers to float32 tensors out of reach, class weights say, takes no float64
             if dtype == torch.float32:
                 raise
+            for back in states:
+                back()
             return self._eager(output, target, reduction, clean, torch.float32).to(dtype)
 
     def _eager(self, output: Any, target: Any, reduction: str, clean: bool, dtype: torch.dtype) -> Tensor:
@@ -115,7 +116,8 @@ class PerSample:
             keywords["reduction"] = reduction
         if torch.compiler.is_compiling():
             return self.criterion(output, target, **keywords)  # type: ignore[no-any-return]
-        with _lent(self.function, dtype, reduction) as changes:
+        drawing = contextlib.nullcontext() if self.draws is None else Draws(self.draws)
+        with _lent(self.function, dtype, reduction) as changes, drawing:
             losses: Tensor = self.criterion(output, target, **keywords)
         if clean:
             self.changes = changes
@@ -178,7 +180,15 @@ class PerSample:
 
     def drew(self, before: list[Callable[[], object]]) -> bool:
         """Whether it has drawn since."""
-        return [*map(_value, before)] != [*map(_value, self.states())]
+        return [*map(state_of, before)] != [*map(state_of, self.states())]
+
+    def rehearse(self, output: Any, target: Any) -> list[Callable[[], object]]:
+        """See what it draws of outputs in their own dtype, and where that leaves the generators; they are put back."""
+        plain = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(differs(t)).view_as(t), output)
+        with torch.enable_grad(), self.drawn_again(), _lent(self.function, None, self.reduction), Draws() as draws:
+            self.criterion(plain, target)
+            self.draws = draws
+            return self.states()
 
     @contextlib.contextmanager
     def drawn_again(self, states: list[Callable[[], object]] | None = None) -> Iterator[None]:
@@ -214,41 +224,11 @@ class PerSample:
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
 
-def _value(state: Any) -> Any:
-    value = state.args[-1]
-    if isinstance(value, Tensor):
-        return value.numpy().tobytes()
-    return value if isinstance(value, tuple) else marshal.dumps(value)  # which is never read
-
-
-def generators_of(criterion: Any) -> list[Any]:
-    """Generators that a criterion has: as attributes, as arguments, from around it, by a global name; and those that its functions have."""
-    held, seen, found = [criterion], set[int](), []
-    for x in held:  # which grows
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if drawn(x) is not None:
-            found.append(x)
-        if str(getattr(x, "__module__", "")).startswith("torch."):
-            continue
-        if isinstance(x, functools.partial):
-            held += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, types.MethodType):
-            held += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
-        elif isinstance(x, types.FunctionType):
-            with contextlib.suppress(ValueError):  # a variable that has no value yet
-                around = inspect.getclosurevars(x)
-                held += [*around.nonlocals.values(), *around.globals.values()]
-        elif x is criterion or isinstance(x, nn.Module):
-            held += [getattr(x, "forward", x.__call__), *getattr(x, "__dict__", {}).values(), *getattr(x, "_modules", {}).values()]
-    return found
-
-
 @contextlib.contextmanager
-def _lent(criterion: Any, dtype: torch.dtype, reduction: str) -> Iterator[list[tuple[dict[str, Any], str, Any, bool]]]:
-    """While it lasts, the criterion has this reduction, and copies of its tensors, in this dtype, and of its lists and dicts. Then it is
-    what it was before, and the list says what calls have changed: where, by which name, to what, and whether that is a copy lent to it."""
+def _lent(criterion: Any, dtype: torch.dtype | None, reduction: str) -> Iterator[list[tuple[dict[str, Any], str, Any, bool]]]:
+    """While it lasts, the criterion has this reduction, and copies of its tensors, in this dtype if one is given, and of its lists and
+    dicts. Then it is what it was before, and the list says what calls have changed: where, by which name, to what, and whether that is a
+    copy lent to it."""
     if isinstance(criterion, nn.Module):
         modules = (m for m in criterion.modules() if not isinstance(m, torch.jit.ScriptModule))  # whose attributes are out of reach
         places = [place for m in modules for place in (m.__dict__, m._parameters, m._buffers)]
@@ -260,7 +240,7 @@ def _lent(criterion: Any, dtype: torch.dtype, reduction: str) -> Iterator[list[t
         if isinstance(v, _CONTAINERS):
             copies[id(v)] = copy.copy(v)
         elif isinstance(v, Tensor) and id(v) not in copies:
-            copies[id(v)] = v.detach().to(dtype if v.is_floating_point() else v.dtype, copy=True)
+            copies[id(v)] = v.detach().to(dtype if dtype is not None and v.is_floating_point() else v.dtype, copy=True)
     changes: list[tuple[dict[str, Any], str, Any, bool]] = []
     lent = before
     try:

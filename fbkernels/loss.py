@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._tree import differs, flatten, unflatten
-from fbkernels.criterion import PerSample, error
+from fbkernels.criterion import PerSample, Weighted, error
 from fbkernels.layout import Layout, Rows
 from fbkernels.training.autograd import Deliver, Zeros
 from fbkernels.training.network import Network, capturing
@@ -172,8 +172,11 @@ class PerturbedLoss(nn.Module):
         out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
         if step.held is not None:  # without a look at it: what is compiled or captured goes on when the warm-up ends
             out = torch.where(step.held, out.detach(), out)
-        elif step.zeros:
-            out = Zeros.apply(out, *(p for p in self._net[0].parameters() if p.requires_grad))
+        elif step.zeros or (step.constant and not torch.compiler.is_compiling()):
+            # hooks of a parameter's would be called with None
+            hooked = lambda p: not step.zeros and (p._backward_hooks or p._post_accumulate_grad_hooks)  # noqa: E731
+            if parameters := [p for p in self._net[0].parameters() if p.requires_grad and not hooked(p)]:
+                out = Zeros.apply(out, step.zeros, *parameters)
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients
@@ -319,8 +322,8 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
-    states = None if not moves or per_sample.plain or torch.compiler.is_compiling() or capturing(y) else per_sample.states()
-    losses, e, step.weighted = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples, layouts)
+    states = None if per_sample.plain or torch.compiler.is_compiling() or capturing(y) else per_sample.states()
+    losses, e, step.weighted = clean(step, per_sample, output, target, layouts, states)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]
         dy = torch.cat(sides, 1) * 0
@@ -335,7 +338,7 @@ def signals(
                 for d, own in zip(changes, [step.outputs[i].detach() for i in chosen], strict=True)
             ]
             rows = len(y)
-            if states is not None and (per_sample.coupled or per_sample.drew(states)):  # the same numbers, and company, for each row
+            if states is not None and (per_sample.coupled or per_sample.draws is not None):  # the same numbers, and company, for each row
                 sides_of = [step.sides(leaves[i].detach().double(), d) for i, d in zip(at, ds, strict=True)]
                 drawn_alike = []
                 for moved_leaves in zip(*sides_of, strict=True):
@@ -364,6 +367,27 @@ def signals(
         for side in sides:
             ok = ok & torch.isfinite(side).all(1)
         return losses, e, torch.where(ok, dL, 0.0), torch.where(ok[:, None], dy, 0.0), ok
+
+
+def clean(
+    step: Step, per_sample: PerSample, output: Any, target: Any, layouts: list[Layout], states: list[Callable[[], object]] | None
+) -> tuple[Tensor, tuple[Tensor, ...], Weighted | None]:
+    """Losses and e; a criterion that draws from the generators, whose ``states`` these are, draws what the plain one would."""
+    own = tree_map_only(Tensor, Tensor.detach, output)
+    if states is None or per_sample.draws is None:
+        found = error(per_sample, own, target, step.samples, layouts)
+        if states is None or not per_sample.drew(states):
+            return found
+        for back in states:
+            back()
+    after = per_sample.rehearse(output, target)
+    found = error(per_sample, own, target, step.samples, layouts)
+    if per_sample.drew(after):
+        raise ValueError(
+            "criterion draws other random numbers in float64, in which a loss is taken where B learns from noise, than of the outputs as "
+            f"they are, {step.outputs[0].dtype}: let what it draws have a dtype of its own, torch.randn(len(output), dtype=torch.float32)"
+        )
+    return found
 
 
 def samplewise(step: Step, layout: Any, losses: Tensor, n: int | None = None) -> Tensor:

@@ -92,10 +92,10 @@ def explained(net: nn.Module) -> tuple[float, dict[str, float]]:
 
 def constant_guess(criterion: Callable[..., Tensor], y: Tensor) -> float | None:
     """The mean loss of the best constant output, on all targets y of a training set: of nn.CrossEntropyLoss the entropy of the classes'
-    frequencies, log K where they are alike; of nn.MSELoss the targets' variance. None for other criteria, and with class weights, ignored
-    targets, or a reduction other than "mean"."""
+    frequencies, log K where they are alike, label smoothing counting classes up to the highest target; of nn.MSELoss the targets'
+    variance. None for other criteria, without targets, with class weights, ignored targets, or a reduction other than "mean"."""
     own: Any = criterion.criterion if isinstance(criterion, PerturbedLoss) else criterion
-    if getattr(own, "reduction", "") != "mean":
+    if getattr(own, "reduction", "") != "mean" or not y.numel():
         return None
     if isinstance(own, nn.MSELoss):
         return float((y.double() - y.double().mean(0)).square().mean())
@@ -122,7 +122,7 @@ def runaway(net: nn.Module, losses: Sequence[float], guess: float | None) -> str
         losses: mean training losses, of each epoch so far, or of each some hundred steps.
         guess: of ``constant_guess``; None: a loss that is not finite is all that counts.
     """
-    loss, before = losses[-1], losses[-2] if len(losses) > 1 else math.inf
+    before, loss = (math.inf, *losses)[-2:] if losses else (math.inf, 0.0)
     if math.isfinite(loss) and (guess is None or loss <= guess or (loss <= 2 * guess and not loss >= before)):
         return None
     helps, network = [], None

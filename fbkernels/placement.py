@@ -17,7 +17,19 @@ from torch.utils._pytree import tree_leaves
 from fbkernels._tree import Where
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
-from fbkernels.stream.kinds import DROPOUTS, GROUP, OWN_WEIGHTS, REARRANGEMENTS, by_position, in_place, kind_of, name_of, same
+from fbkernels.stream.kinds import (
+    DROPOUTS,
+    GROUP,
+    OWN_WEIGHTS,
+    PRODUCTS,
+    REARRANGEMENTS,
+    SEVERAL_PRODUCTS,
+    by_position,
+    in_place,
+    kind_of,
+    name_of,
+    same,
+)
 
 
 @dataclass(eq=False)
@@ -42,7 +54,7 @@ class Placement:
     asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
     kept: tuple[tuple[str, str], ...] = ()  # direct: module and attribute of what the model keeps behind a point, with a gradient
-    own_weights: tuple[str, ...] = ()  # layerwise: functions, and by which weights of their own they carry the error
+    own_weights: tuple[str, ...] = ()  # functions, and by which weights of their own they carry the error
 
     @property
     def plain(self) -> bool:
@@ -355,7 +367,14 @@ def place(
     placement.asked = not cut.isdisjoint(recorder.asked)
     placement.reach = {chain.point: tuple(i for i, known in enumerate(graph.before) if v in known) for v, (_, chain) in ends.items()}
     placement.kept = tuple(k for k, values in kept.items() if any(not graph.before_of(v).isdisjoint(ends) for v in values))
+    free = graph.live - graph.bare - {c.ins[0] for c in recorder.calls if c.point}
+    placement.own_weights = _carriers(recorder, graph, lambda c: name_of(c.func) in PRODUCTS and not free.isdisjoint(c.outs))
     return placement
+
+
+def _carriers(recorder: Recorder, graph: _Graph, those: Callable[[Call], bool]) -> tuple[str, ...]:
+    calls = (c for c in recorder.calls if c.own and not graph.live.isdisjoint(c.outs))
+    return tuple(dict.fromkeys(f"{name_of(c.func)} by {c.own!r}" for c in calls if name_of(c.func) in SEVERAL_PRODUCTS or those(c)))
 
 
 def used_twice(name: str) -> str:
@@ -464,12 +483,11 @@ def _reads(
 ) -> Placement:
     """Layerwise: the point whose activity each layer reads; its own, ``NAME.input``, where that is no point's, is read already, or was
     another point's in an ``earlier`` recording."""
+    placement.own_weights = _carriers(recorder, graph, lambda c: not graph.above.isdisjoint(c.ins))
     claimed: list[str] = []
     read: set[str] = set()  # by a layer that has its B elsewhere
     for c in recorder.calls:
         if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
-            if c.own and any(v in graph.above for v in c.ins) and any(v in graph.live for v in c.outs):
-                placement.own_weights = tuple(dict.fromkeys((*placement.own_weights, f"{name_of(c.func)} by {c.own!r}")))
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
         while v not in ends and v in graph.made and (graph.made[v].hook or name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS):

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import copyreg
 import itertools
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fbkernels.draws import drawn, shared_generators
 from fbkernels.stream.chain import outside
 
 _DEPTH = 2  # plain objects in one another: a trainer that a module knows leads to the data
@@ -128,29 +128,6 @@ def _tensor(t: Tensor) -> list[Callable[[], None]]:
             own.copy_(value)
 
     return [back]
-
-
-def shared_generators() -> list[Any]:
-    """Python's, numpy's and torch's own."""
-    numpy: Any = sys.modules.get("numpy")
-    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-    return [random._inst, *([numpy.random.mtrand._rand] if numpy else []), torch.default_generator, *cuda]
-
-
-def drawn(x: Any) -> Callable[[], object] | None:
-    """What lets a generator draw once more what it will draw from now on; None of what is no generator."""
-    if isinstance(x, random.Random) and not isinstance(x, random.SystemRandom):
-        return partial(x.setstate, x.getstate())
-    if isinstance(x, torch.Generator):
-        return partial(x.set_state, x.get_state())
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is None:
-        return None
-    if isinstance(x, numpy.random.RandomState):
-        return partial(x.set_state, x.get_state(legacy=False))
-    if isinstance(x, numpy.random.Generator):
-        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
-    return None
 
 
 def _array(x: Any) -> Callable[[], object] | None:

@@ -26,12 +26,15 @@ REARRANGEMENTS = {
     "flatten", "view", "reshape", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "contiguous", "pad", "unflatten", "to",
     "float", "double",
 }
-# What carries an error through weights of its own, for which layerwise has no B. A norm's gain, one number a channel, is none of these.
-OWN_WEIGHTS = {
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm",
-    "addmm", "baddbmm", "einsum", "tensordot", "mul", "__mul__", "__rmul__", "multiply", "inner", "gru_cell", "lstm_cell", "rnn_tanh_cell",
-    "rnn_relu_cell",
+# What carries an error through weights of its own, for which there is no B: inside of it, from time to time say; by one product; or by
+# a number for each channel, which in direct feedback is no matter. A norm's gain is none of these.
+SEVERAL_PRODUCTS = {
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward", "gru_cell", "lstm_cell", "rnn_tanh_cell", "rnn_relu_cell",
 }
+PRODUCTS = {
+    "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "tensordot", "inner",
+}
+OWN_WEIGHTS = SEVERAL_PRODUCTS | PRODUCTS | {"mul", "__mul__", "__rmul__", "multiply"}
 _METADATA = """
     size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex get_device storage_offset data_ptr
     __len__ __hash__ is_same_size untyped_storage requires_grad_ is_pinned is_set_to has_names is_shared backward is_inference result_type

@@ -83,7 +83,8 @@ class Layerwise(Step):
         connection, padding = Connection.of(name_of(func), weight, x, *args[3:], **shape)
         if connection.transposed and self.network.settings.rule.regresses and self.network.settings.rule.perturbs:
             raise ValueError(
-                f"{self.network.settings.rule!r} cannot learn B of {name_of(func)} in layerwise feedback: use feedback='direct'"
+                f"{self.network.settings.rule!r} cannot learn B of {name_of(func)} in layerwise feedback: use WeightMirror(), or "
+                "feedback='direct'"
             )
         source = getattr(x, "_fb_source", None)
         carry = source[2] if source is not None and source[0] == mode.token and source[1] == point.name else ()
@@ -145,7 +146,10 @@ class Layerwise(Step):
                 c, ok = scale[: m.rows].to(dtype), m.ok
             else:
                 if point.connection.convolution and (point.merged or not point.layout.rows.plain):
-                    raise ValueError(f"{rule!r} cannot learn B of point {name!r}, whose samples are not its rows: use feedback='direct'")
+                    raise ValueError(
+                        f"{rule!r} cannot learn B of point {name!r}, whose samples are not its rows: use WeightMirror(), or "
+                        "feedback='direct'"
+                    )
                 who, order = point.owners(self.samples)
                 delta = delta.to(dtype) if point.connection.convolution else delta.flatten(0, -2)[order].to(dtype)
                 c, ok = scale.to(dtype)[who[order]], m.ok[who[order]]

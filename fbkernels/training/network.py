@@ -225,11 +225,14 @@ class Network(Stateful):
         placement.names, placement.weights = names, weights
         if placement.own_weights and not self.named:
             self.named = True
-            warnings.warn(
-                f"layerwise feedback has no B for {', '.join(placement.own_weights)}: what lies below is trained by backprop through these "
-                "weights; with feedback='direct' it is not",
-                stacklevel=5,
+            carried = (
+                "the error goes on to what lies below, and to earlier times, through these weights; feedback='direct' gives each point "
+                "below an error of its own"
+                if settings.layerwise
+                else "they are trained by backprop, through each other's weights, earlier times too, and through those of what reads "
+                "them, up to the next point; points=[...] can name a module right behind which there is to be one"
             )
+            warnings.warn(f"{settings.structure} feedback has no B for {', '.join(placement.own_weights)}: {carried}", stacklevel=5)
         if placement.asked and not self.named:
             self.named = True
             warnings.warn(

@@ -198,7 +198,10 @@ class FeedbackPoint(Stateful):
         return f"{self.name!r}, index={self.index}" if self._network else "not converted"
 
     def follow(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a module named in ``points=``: the noise goes in right after it."""
+        """Forward hook of a module named in ``points=``: the noise goes in right after it, into the first tensor of a tuple, a recurrent
+        layer's or an attention's."""
+        if type(output) is tuple and output and isinstance(output[0], Tensor) and self.network.running:
+            return self.passed(output[0]), *output[1:]
         return self.passed(output) if isinstance(output, Tensor) and self.network.running else None
 
     def riding(self, predicts: bool) -> dict[str, Any]:

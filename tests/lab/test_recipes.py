@@ -1,6 +1,7 @@
 """Recipes for CIFAR: what a model trains with, and that augmentation, schedule and the split of the data are what they say."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_every_model_has_a_recipe_that_converts(cifar: str) -> None:
         dropped = {"dtype"} & job.RECIPES[model].keys() | ({"share"} & job.RECIPES[model].keys())
         assert {k for k, v in job.RECIPES[model].items() if getattr(s, k) != v} == dropped
         for method in s.methods if s.augment else ():
-            net, criterion, optimizer = job.build(s, method, 0, (3, 32, 32), 100)
+            net, criterion, optimizer = job.build(replace(s, warmup=0), method, 0, (3, 32, 32), 100)
             criterion(net(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
             assert optimizer.param_groups[0]["weight_decay"] == s.weight_decay
             assert all(p.grad is not None for p in net.parameters())
@@ -195,7 +196,7 @@ def test_compiled_steps_are_the_eager_ones(cifar: str, tmp_path: Path, monkeypat
 
 def test_points_for_residual_blocks() -> None:
     for model, stem, stages, depth in (("resnet20", "relu", 3, 3), ("resnet18", "relu", 4, 2), ("wrn16_4", "conv", 3, 2)):
-        s = job.recipe(data="cifar10", model=model, feedback="direct", rule="joint", points="block")
+        s = job.recipe(data="cifar10", model=model, feedback="direct", rule="joint", points="block", warmup=0)
         net, criterion, _ = job.build(s, "joint", 0, (3, 32, 32), 10)
         criterion(net(torch.randn(2, 3, 32, 32)), torch.arange(2)).backward()
         assert list(net.feedback.points) == [stem, *(f"layer{i + 1}.{j}" for i in range(stages) for j in range(depth))]

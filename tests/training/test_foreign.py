@@ -589,6 +589,61 @@ def test_a_criterion_that_begins_to_draw(draw: Callable[[Any], Any], how: dict[s
     copy.deepcopy(fb.PerturbedLoss(functools.partial(drawing, draw), net))
 
 
+class Noisy(nn.Module):
+    """Draws for the output's own dtype, whatever that is."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw, self.reduction = draw, "mean"
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z + 0.1 * self.draw(z), y, reduction=self.reduction)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        torch.randn_like,
+        lambda z: torch.rand(z.shape, dtype=z.dtype) + torch.rand(3, dtype=torch.float64).sum(),
+        lambda z: torch.bernoulli(torch.full_like(z, 0.5)),
+        lambda z: torch.empty_like(z).exponential_(),
+        lambda z: torch.normal(torch.zeros_like(z), 1.0),
+        lambda z: F.dropout(z, 0.5),
+        lambda z: F.gumbel_softmax(z),
+        lambda z: torch.distributions.Gamma(torch.ones_like(z + torch.zeros(4)), 1.0).rsample() + torch.randint(3, z.shape),
+        lambda z: torch.multinomial(z.detach().softmax(1), 4, replacement=True),
+    ],
+    ids=["randn_like", "rand", "bernoulli", "exponential_", "normal", "dropout", "gumbel_softmax", "gamma", "multinomial"],
+)
+@pytest.mark.parametrize("how", [{"rule": fb.Joint()}, {"rule": fb.LMS(1e-3), "fraction": 0.5, "antithetic": True}], ids=["whole", "part"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_criterion_that_draws_for_the_output(draw: Any, how: dict[str, Any], dtype: torch.dtype) -> None:
+    """It draws what the plain one does, though losses are taken in float64, and leaves the generator where the plain one does."""
+    net, criterion = fb.convert(made(filled).to(dtype), noise_std=1e-4, **how), Noisy(draw)
+    loss = fb.PerturbedLoss(criterion, net)
+    for _ in range(3):
+        out = net(X.to(dtype))
+        before = torch.get_rng_state()
+        value = loss(out, Y)
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        z = out.detach().requires_grad_()
+        want = criterion(z, Y)
+        assert torch.equal(after, torch.get_rng_state())
+        close = 4 * torch.finfo(dtype).eps * (1 + out.detach().abs().max().item())
+        torch.testing.assert_close(value.detach().double(), want.detach().double(), rtol=close, atol=close)
+        (got,) = torch.autograd.grad(value, out)
+        (e,) = torch.autograd.grad(want, z)
+        torch.testing.assert_close(got, e, rtol=8 * close, atol=8 * close)
+
+
+def test_a_criterion_whose_draws_hang_on_the_dtype_is_refused() -> None:
+    net = fb.convert(made(filled).float(), rule=fb.Joint())
+    loss = fb.PerturbedLoss(lambda z, y: z.square().sum(1) * torch.rand(1 if z.dtype == torch.float32 else 2).sum(), net)
+    with pytest.raises(ValueError, match="draws other random numbers in float64"):
+        loss(net(X.float()), Y)
+
+
 def drawing(draw: Callable[[Any], Any], z: Tensor, y: Tensor) -> Tensor:
     return z.square().sum(1) * torch.rand((), generator=GENERATOR)
 
@@ -602,6 +657,40 @@ def test_what_a_hook_keeps_for_the_forward() -> None:
     for m in (net, plain):
         m.a.register_forward_hook(lambda _, args, h, m=m: setattr(m, "kept", h))
     assert torch.equal(net(X), plain(X))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn, self.o = getattr(nn, kind)(8, 6, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_a_recurrent_layer_has_a_point_by_name(kind: str) -> None:
+    """Its weights get what the plain layer's do when B e comes in at its output."""
+    torch.manual_seed(0)
+    plain = Recurrent(kind).double()
+    with pytest.raises(ValueError, match=rf"layers are \['o'\]; {kind} 'rnn' can have one right behind, by name: points"):
+        fb.convert(plain)
+    net, x = fb.convert(plain, rule=fb.Fixed(), points=["rnn"]), torch.randn(6, 5, 8).double()
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    with pytest.warns(UserWarning, match=rf"direct feedback has no B for {kind.lower()}[a-z_]* by 'rnn.weight_ih_l0': they are trained"):
+        out = net(x)
+    (e,) = torch.autograd.grad(criterion(out, Y), out, retain_graph=True)
+    criterion(net(x), Y).backward()
+    h = plain.rnn(x)[0]
+    want = torch.autograd.grad(h, [*plain.rnn.parameters()], (e @ fb.points(net)["rnn"].B.T).view(h.shape))
+    for got, g in zip(net.rnn.parameters(), want, strict=True):
+        torch.testing.assert_close(got.grad, g, rtol=1e-10, atol=1e-12)
+    assert "no B, the error passes the weights themselves" in str(fb.summary(net))
+
+
+def test_a_cell_has_none() -> None:
+    with pytest.raises(ValueError, match=r"RNNCell '0' can have none: write the recurrence with nn.Linear"):
+        fb.convert(nn.Sequential(nn.RNNCell(8, 6), nn.Linear(6, 4)))
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
@@ -686,7 +775,7 @@ def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
         elif name == "inner":
             h = torch.inner(h, net.b.weight)
         else:
-            h = cell(h)
+            h = net.cell(h)
             h = h[0] if isinstance(h, tuple) else h
         return net.o(torch.tanh(h[:, :12]))
 
@@ -694,8 +783,9 @@ def test_layerwise_says_which_weights_have_no_B(name: str) -> None:
     net = made(forward)
     net.cell = cell
     which = {"product": "matmul by 'c'", "einsum": "einsum by 'b'", "inner": "inner by 'b'"}.get(name, "[a-z_]*cell by 'cell.weight_ih'")
-    with pytest.warns(UserWarning, match=f"layerwise feedback has no B for {which}: what lies below"):
-        fb.convert(net, feedback="layerwise", rule=fb.Fixed())(X)
+    for feedback, told in (("layerwise", "the error goes on to what lies below"), ("direct", "they are trained by backprop")):
+        with pytest.warns(UserWarning, match=f"{feedback} feedback has no B for {which}: {told}"):
+            fb.convert(copy.deepcopy(net), feedback=feedback, rule=fb.Fixed())(X)
 
 
 def test_a_gradient_inside_of_a_forward() -> None:

@@ -284,6 +284,21 @@ def test_metrics_leave_it_alone() -> None:
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
 
 
+@pytest.mark.parametrize("warmup", ["auto", 2])
+@pytest.mark.parametrize("feedback", ["direct", "layerwise"])
+def test_gradients_that_are_asked_for_are_zero(feedback: str, warmup: str | int) -> None:
+    """Where backward leaves None, and calls no hook, torch.autograd.grad finds a use of each parameter."""
+    net = fb.convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), feedback=feedback, rule=fb.Ridge(), warmup=warmup)
+    criterion, x, y = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.randn(9, 8), torch.arange(9) % 3
+    heard: list[Tensor] = []
+    handle = net[0].weight.register_hook(heard.append)
+    criterion(net(x), y).backward()
+    assert [p.grad for p in net.parameters()] == [None] * 4 and not heard
+    handle.remove()
+    gradients = torch.autograd.grad(criterion(net(x), y), [*net.parameters()])
+    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(gradients, net.parameters(), strict=True))
+
+
 # a runaway
 
 
@@ -299,6 +314,8 @@ def test_the_constant_guess() -> None:
     assert fb.metrics.constant_guess(nn.MSELoss(), t) == pytest.approx(float(nn.MSELoss()(t.mean(0).expand(50, 3), t)), rel=1e-5)
     unknown = (nn.CrossEntropyLoss(reduction="sum"), nn.CrossEntropyLoss(weight=torch.ones(3)), nn.L1Loss(), lambda a, b: a)
     assert [fb.metrics.constant_guess(c, y) for c in unknown] == [None] * 4
+    assert fb.metrics.constant_guess(nn.CrossEntropyLoss(), y[:0]) is None
+    assert fb.metrics.runaway(nn.Linear(2, 2), [], None) is None
 
 
 def test_a_runaway_is_named_once() -> None:
