@@ -8,7 +8,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fbkernels._tree import differs
-from fbkernels.draws import Draws, drawn, generators_of, shared_generators, state_of
+from fbkernels.draws import Draws, drawn, drawn_again, generators_of, shared_generators, state_of
 from fbkernels.layout import Layout
 
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
@@ -190,17 +190,9 @@ class PerSample:
             self.draws = draws
             return self.states()
 
-    @contextlib.contextmanager
-    def drawn_again(self, states: list[Callable[[], object]] | None = None) -> Iterator[None]:
-        """The generators draw from those states on, and are then what they were."""
-        now = self.states()
-        try:
-            for back in states or ():
-                back()
-            yield
-        finally:
-            for back in now:
-                back()
+    def drawn_again(self, states: Iterable[Callable[[], object]] = ()) -> contextlib.AbstractContextManager[None]:
+        """Its generators draw from those states on, and are then what they were."""
+        return drawn_again(states, (*shared_generators(), *self.generators))
 
     def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
         """What makes a mean of per-sample losses the criterion's, where class weights and ignored targets count; None for 1."""

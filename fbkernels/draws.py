@@ -9,7 +9,7 @@ import marshal
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,23 @@ def drawn(x: Any) -> Callable[[], object] | None:
     return None
 
 
-def state_of(drawn_again: Any) -> Any:
+@contextlib.contextmanager
+def drawn_again(states: Iterable[Any], generators: Iterable[Any]) -> Iterator[None]:
+    """The generators draw from those states on, of ``drawn``, and are then what they were."""
+    now = [drawn(g) for g in generators]
+    try:
+        for back in states:
+            back()
+        yield
+    finally:
+        for back in now:
+            assert back is not None
+            back()
+
+
+def state_of(again: Any) -> Any:
     """The state that ``drawn`` keeps, as a value to compare."""
-    value = drawn_again.args[-1]
+    value = again.args[-1]
     if isinstance(value, Tensor):
         return value.numpy().tobytes()
     return value if isinstance(value, tuple) else marshal.dumps(value)  # which is never read

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fbkernels.draws import Draws, drawn, drawn_again
 from fbkernels.stream.kinds import in_place, name_of
 from fbkernels.stream.synchronised import normalised
 
@@ -87,7 +88,7 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
         out = func(*args, **kwargs)
         return out, d.to(out.dtype)
     with torch.no_grad():
-        p = func(mode.moved(x), *args[1:], **kwargs)
+        p = func(mode.moved(x, mode.d(x)), *args[1:], **kwargs)
     out = func(*args, **kwargs)
     if not isinstance(out, Tensor):
         return None if not written else (out, None)
@@ -245,24 +246,26 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     )
 
     def other(t: Tensor, sign: int | None) -> Tensor:
-        h, d = t.detach(), mode.d(t)
+        d = mode.d(t)
+        h = t.detach().float() if low and t.is_floating_point() else t.detach()  # before d comes in, which is less than a digit of bfloat16
         if mode.mark(t) is None or (whole and (d is None or sign is None)):
             p = h
         elif sign is None:
             p = site.rows(h, d)
         else:
-            p = site.sides(h, d)[sign] if whole and d is not None else mode.moved(t)
+            p = site.sides(h, d)[sign] if whole and d is not None else mode.moved(h, d)
         if p is t or not (torch.compiler.is_compiling() or t.layout != torch.strided or p.data_ptr() != t.data_ptr()):
             kept = t is target or id(t) in mode.buffers
             p = p.clone() if kept else p
-        return p.float() if low and p.is_floating_point() else p
+        return p
 
     signs = range(1 + site.antithetic) if whole else (0,)
     with torch.no_grad():
         calls = [(_map(args, other, sign), _map(kwargs, other, sign)) for sign in (*signs, *[None] * low)]
-    device = next((t.device for t in given), None)
-    drawn = generators(device) if random else None
-    out = func(*args, **kwargs)
+    generators = _generators(given) if random else []
+    states, draws = [drawn(g) for g in generators], Draws()
+    with draws if random else contextlib.nullcontext():
+        out = func(*args, **kwargs)
     result = args[0] if name == "__setitem__" else out
     tensors = _leaves(result)
     if not any(isinstance(t, Tensor) for t in tensors):
@@ -270,7 +273,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     results = []
     with torch.no_grad(), _exact(tensors[0] if low else None):
         for pargs, pkwargs in calls:
-            with drawn_again(drawn, device):
+            with drawn_again(states, generators), Draws(draws) if random else contextlib.nullcontext():
                 try:
                     r = func(*pargs, **pkwargs)
                 except RuntimeError as e:
@@ -341,29 +344,14 @@ def _exact(x: Tensor | None) -> Iterator[None]:
         yield
 
 
-def generators(device: torch.device | None) -> tuple[Tensor, Tensor | None]:
-    if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def _generators(given: list[Tensor]) -> list[torch.Generator]:
+    """That a function of these may draw from."""
+    cuda = next((t.device for t in given if t.is_cuda), None)
+    if cuda is None:
+        return [torch.default_generator]
+    if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("a CUDA graph cannot hold a function that draws random numbers, dropout apart: take it out of the model")
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device is not None and device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def drawn_again(drawn: tuple[Tensor, Tensor | None] | None, device: torch.device | None) -> Iterator[None]:
-    if drawn is None:
-        yield
-        return
-    now = generators(device)
-    _set_generators(drawn, device)
-    try:
-        yield
-    finally:
-        _set_generators(now, device)
-
-
-def _set_generators(state: tuple[Tensor, Tensor | None], device: torch.device | None) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)  # type: ignore[arg-type]
+    return [torch.default_generator, torch.cuda.default_generators[cuda.index or 0]]
 
 
 def _is_view(t: Tensor) -> bool:

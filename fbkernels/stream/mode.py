@@ -99,13 +99,12 @@ class Streams(TorchFunctionMode):
         mark = self.mark(t) if isinstance(t, Tensor) else None
         return t if mark is None or mark[4] is None else mark[4]
 
-    def moved(self, t: Tensor) -> Tensor:
+    def moved(self, h: Tensor, d: Tensor | None) -> Tensor:
         """The perturbed activity h + d, for functions that are not linear."""
-        d = self.d(t)
-        h = self.site.rows(t.detach(), d)
+        h = self.site.rows(h.detach(), d)
         if d is None:
             return h
-        return (h + d).to(torch.bool) if t.dtype == torch.bool else h + d
+        return (h + d).to(torch.bool) if h.dtype == torch.bool else h + d
 
     def plain(self, t: Tensor) -> Tensor:
         """An activity in the plain model's memory format, in whose order random numbers are drawn: a block's maps are channels-last."""

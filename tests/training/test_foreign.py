@@ -659,6 +659,22 @@ def test_what_a_hook_keeps_for_the_forward() -> None:
     assert torch.equal(net(X), plain(X))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streams_draw_alike_in_any_dtype(dtype: torch.dtype) -> None:
+    """A difference is formed in float32, in which a function would draw another mask than in bfloat16: what is dropped has none."""
+
+    def forward(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = F.alpha_dropout(torch.tanh(net.a(x)), 0.5, training=True)
+        return net.o(torch.tanh(net.b(h))), h
+
+    net = fb.convert(made(forward).to(dtype), rule=fb.LMS(1e-3), noise_std=0.01)
+    _, h = net(X.to(dtype))
+    d = net.feedback.current.changes[1]
+    dropped = h == h.min()
+    assert 20 < int(dropped.sum()) < 76
+    assert torch.equal(d == 0, dropped)
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
