@@ -29,7 +29,8 @@ def register(network: Network) -> int:
 def described(tree: Any) -> Any:
     """The arguments of a forward, as constants of a trace."""
     if isinstance(tree, Tensor):
-        return ("tensor", tuple(tree.shape), tree.dtype, tree.device)
+        # a range makes a constant of a size that the trace would leave open, as it does where an earlier network took another one
+        return ("tensor", tuple([len(range(n)) for n in tree.shape]), tree.dtype, tree.device)
     if isinstance(tree, (list, tuple)):
         return ("list" if isinstance(tree, list) else "tuple", tuple([described(x) for x in tree]))
     if isinstance(tree, dict):
@@ -53,7 +54,7 @@ def _made(description: Any) -> Any:
 
 @constant
 def known(key: int) -> bool:
-    """Whether the placement is there already. A graph of dynamic shapes has no constants to give ``placed``."""
+    """Whether the placement is there already: then sizes may stay open."""
     network = _NETWORKS[key]
     return network.placement is not None and not (network.stale or network.unplaced)
 

@@ -746,6 +746,27 @@ def test_compiles_to_one_graph(make: Any, rule: fb.Rule, backend: str) -> None:
             assert torch.equal(ours[key], want)
 
 
+@pytest.mark.parametrize(
+    ("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.WeightMirror(samples=8))], ids=["direct", "layerwise"]
+)
+def test_networks_of_several_sizes_compile(feedback: str, rule: fb.Rule) -> None:
+    """Dynamo leaves sizes open that another call of the same code has changed, and a placement needs them."""
+
+    def compiled(net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        return torch.compile(lambda x, y: criterion(net(x), y), fullgraph=True, backend="aot_eager")
+
+    for size, n in ((3, 5), (4, 7), (6, 4)):
+        plain = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(2 * (size - 1) ** 2, 6), nn.ReLU(), nn.Linear(6, 3))
+        eager, net = (fb.convert(plain, feedback=feedback, rule=copy.deepcopy(rule)) for _ in range(2))
+        ours, theirs = compiled(net), fb.PerturbedLoss(nn.CrossEntropyLoss(), eager)
+        for rows in (n, n, n + 2):
+            x, y = torch.randn(rows, 1, size, size), torch.randint(3, (rows,))
+            got = torch.autograd.grad(ours(x, y), [*net.parameters()])
+            want = torch.autograd.grad(theirs(eager(x), y), [*eager.parameters()])
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 @given(n=st.integers(1, 12), seed=st.integers(0, 2**63 - 1), fraction=st.floats(0.05, 1), antithetic=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_any_batch_size_and_part(n: int, seed: int, fraction: float, antithetic: bool) -> None:
