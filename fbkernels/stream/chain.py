@@ -151,14 +151,14 @@ class Waiting:
             if refused or any(by_hand) or (weight.dtype != x.dtype and autocast is None):
                 return None
             shape = (x.shape[0], weight.shape[0], *size)
-            return Waiting(chain, 0, 0, x, mode.d(x), ((func, rest, kwargs),), (), *made, autocast, shape, autocast or x.dtype)
+            return Waiting(chain, 0, 0, mode.bare(x), mode.d(x), ((func, rest, kwargs),), (), *made, autocast, shape, autocast or x.dtype)
         part = part_of(func, rest, kwargs)
         if part is None or part[0] == "norm" or x.ndim not in (2, 4) or (x.ndim == 4 and chain.maps is False):
             return None
         if in_place(name_of(func), args, kwargs) or (x.ndim == 2 and part[0] == "pool") or untraced(part):
             return None
         shape = _behind(tuple(x.shape), part)
-        return Waiting(chain, ran, ran, x, mode.d(x), ((func, rest, kwargs),), (part,), *made, None, shape, x.dtype)
+        return Waiting(chain, ran, ran, mode.bare(x), mode.d(x), ((func, rest, kwargs),), (part,), *made, None, shape, x.dtype)
 
     def extend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Waiting | None:
         """With one call more; None where the launch does not cover it."""

@@ -56,7 +56,7 @@ def _fit(name: str, args: Args, d: Any) -> Args:
 def layer(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
     if not alone:
         return None
-    out = func(*args, **kwargs)
+    out = func(mode.bare(args[0]), *args[1:], **kwargs)
     return out, weighted(func, mode.d(args[0]), args, kwargs)
 
 
@@ -85,11 +85,11 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
             h = mode.site.rows(x.detach(), mode.d(x)).float()
             given = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args[1:]]
             d = func(h + mode.d(x), *given, **kwargs) - func(h, *given, **kwargs)  # type: ignore[operator]
-        out = func(*args, **kwargs)
+        out = func(mode.bare(x), *args[1:], **kwargs)
         return out, d.to(out.dtype)
     with torch.no_grad():
         p = func(mode.moved(x, mode.d(x)), *args[1:], **kwargs)
-    out = func(*args, **kwargs)
+    out = func(x if written else mode.bare(x), *args[1:], **kwargs)
     if not isinstance(out, Tensor):
         return None if not written else (out, None)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def multiply(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) 
     if len(args) != 2 or kwargs:
         return None
     (a, b), (da, db) = args, map(mode.d, args)
-    out = func(a, b)
+    out = func(mode.bare(a), mode.bare(b))
     with torch.no_grad():
         if db is None:
             return out, _grown(mode, da * _beside(mode, b, a), out)
@@ -159,7 +159,7 @@ def matmul(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) ->
         return None
     a, b = args
     da, db = mode.d(a), mode.d(b)
-    out = func(a, b)
+    out = func(mode.bare(a), mode.bare(b))
     with torch.no_grad():
         if db is None:
             return out, func(da, b)
@@ -210,7 +210,7 @@ def batch_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool
     )
     x, weight, training, eps = given["input"], given.get("weight"), given.get("training", False), given.get("eps", 1e-5)
     var = None if training else given["running_var"].clone()
-    out = func(*args, **kwargs)
+    out = func(mode.bare(args[0]), *args[1:], **kwargs)
     with torch.no_grad():
         exact = torch.promote_types(x.dtype, torch.float32)
         if var is None:
@@ -223,7 +223,7 @@ def batch_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool
 
 def synchronised_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
     """The same with the statistics of all processes."""
-    out, gain = normalised(*args, **kwargs)
+    out, gain = normalised(mode.bare(args[0]), *args[1:], **kwargs)
     with torch.no_grad():
         d = mode.d(args[0])
         return out, (d * gain.detach().view(-1, *[1] * (out.ndim - 2))).to(out.dtype)  # type: ignore[operator]
@@ -259,13 +259,16 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
             p = p.clone() if kept else p
         return p
 
+    def bare(t: Tensor, _: None) -> Any:
+        return mode.bare(t)
+
     signs = range(1 + site.antithetic) if whole else (0,)
     with torch.no_grad():
         calls = [(_map(args, other, sign), _map(kwargs, other, sign)) for sign in (*signs, *[None] * low)]
     generators = _generators(given) if random else []
     states, draws = [drawn(g) for g in generators], Draws()
     with draws if random else contextlib.nullcontext():
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if written else func(*_map(args, bare, None), **_map(kwargs, bare, None))
     result = args[0] if name == "__setitem__" else out
     tensors = _leaves(result)
     if not any(isinstance(t, Tensor) for t in tensors):

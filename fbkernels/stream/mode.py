@@ -61,6 +61,18 @@ class Site(Protocol):
 Layer = tuple["Chain | None", "tuple[Tensor, Tensor | None] | None"]  # the chain that it begins; its result where feedback weights make it
 
 
+class Alone(torch.autograd.Function):
+    """The identity, and no view, which would keep what it is a view of."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
 class Streams(TorchFunctionMode):
     """Runs each torch call of the model as ever, and forms the difference d = p - h of its result (SPEC 1).
 
@@ -71,7 +83,7 @@ class Streams(TorchFunctionMode):
         super().__init__()
         self.site, self.buffers = site, buffers  # buffers: the identities of tensors that live longer than the step
         self.token = 0 if torch.compiler.is_compiling() else next(_TOKENS)  # tells the marks of one forward from those of another
-        self.replaced = False  # some tensor has another in its place
+        self.replaced: list[Tensor] = []  # tensors that have another in their place
         self.waiting: list[tuple[Any, Waiting]] = []  # tensors that stand for functions put off, by weak reference
         self.sources = False  # layerwise: where a point's noise is to go in is followed too
 
@@ -105,6 +117,11 @@ class Streams(TorchFunctionMode):
         if d is None:
             return h
         return (h + d).to(torch.bool) if h.dtype == torch.bool else h + d
+
+    def bare(self, t: Any) -> Any:
+        """An activity as autograd may keep it: alone, as its difference lasts as long as the tensor does that it stands beside."""
+        keeps = isinstance(t, Tensor) and self.d(t) is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return t if not keeps else Alone.apply(t) if t.requires_grad else t.detach()
 
     def plain(self, t: Tensor) -> Tensor:
         """An activity in the plain model's memory format, in whose order random numbers are drawn: a block's maps are channels-last."""
@@ -317,8 +334,7 @@ class Streams(TorchFunctionMode):
         if self.sources:
             cut._fb_source = (self.token, chain.point, ())  # type: ignore[attr-defined]
         if in_place:
-            self.replaced = True
-            self.put(x, d, instead=cut)
+            self.replaced.append(self.put(x, d, instead=cut))
         return cut
 
     def pass_point(self, name: str, maps: bool | None, h: Tensor) -> Tensor:
@@ -373,8 +389,7 @@ class Streams(TorchFunctionMode):
         with mark[3].as_then():
             out, d = self.run(mark[3])
         y = self.put(out, d, (mark[3].chain, mark[3].ran))
-        self.replaced = True
-        self.put(t, None, instead=y)
+        self.replaced.append(self.put(t, None, instead=y))
         return y
 
     def run(self, waiting: Waiting) -> tuple[Tensor, Tensor | None]:
@@ -401,6 +416,14 @@ class Streams(TorchFunctionMode):
                 kept.append((waiting.chain.layer or waiting.chain.point, t))
         self.waiting = []
         return kept
+
+    def close(self) -> None:
+        """Part the tensors that have another in their place from those, which refer to them: through a graph without a backward pass no
+        collector sees that nobody else does."""
+        if not torch.compiler.is_compiling():
+            for t in self.replaced:
+                del t._fb  # type: ignore[attr-defined]
+        self.replaced = []
 
 
 class _Modes(threading.local):

@@ -112,7 +112,7 @@ class Layerwise(Step):
         B = self.feedback[point.name]
         constant = (lambda t: None if t is None else t.detach()) if self.constant else (lambda t: t)
         errors = self.errors if self.learns else None
-        clean = Transport.apply(x, constant(weight), constant(bias), B, connection, point.name, errors)
+        clean = Transport.apply(mode.bare(x), constant(weight), constant(bias), B, connection, point.name, errors)
         return clean, None if d is None else weighted(func, d, args, kwargs)
 
     def record(self, m: Measurement) -> Any:

@@ -113,17 +113,19 @@ class Network(Stateful):
         try:
             with shown(mode), checkpointed(mode, step), mode:
                 output = self.plain(root, args, kwargs)
+            self.running = ()
+            for layer, t in mode.finish():
+                if t.requires_grad:
+                    t.register_hook(functools.partial(_lost, weakref.ref(self), f"what was kept behind layer {layer!r}"))
+            output = self.end(step, mode, output)
+            if step.placement.kept and not torch.compiler.is_compiling():
+                for name, attribute in step.placement.kept:
+                    own = root.get_submodule(name).__dict__
+                    own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
+            return output
         finally:
             self.running = ()
-        for layer, t in mode.finish():
-            if t.requires_grad:
-                t.register_hook(functools.partial(_lost, weakref.ref(self), f"what was kept behind layer {layer!r}"))
-        output = self.end(step, mode, output)
-        if step.placement.kept and not torch.compiler.is_compiling():
-            for name, attribute in step.placement.kept:
-                own = root.get_submodule(name).__dict__
-                own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
-        return output
+            mode.close()
 
     def kept(self, mode: Streams, name: str, value: Any) -> Any:
         """Direct: an attribute that is computed behind a point, whose gradient would be lost without a word."""

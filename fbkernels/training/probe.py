@@ -111,10 +111,11 @@ def _run(
     try:
         with untouched(root, (args, kwargs), network.runs), shown(mode), mode:
             output = network.plain(root, args, kwargs)
+        leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
+        return probe, [(t, mode.d(t)) for t in leaves if mode.mark(t) is not None]
     finally:
         network.running = ()
-    leaves = [mode.current(t) for t in flatten(output)[0] if isinstance(t, Tensor) and differs(t)]
-    return probe, [(t, mode.d(t)) for t in leaves if mode.mark(t) is not None]
+        mode.close()
 
 
 def exchanged(x: Tensor, dim: int) -> Tensor:
