@@ -147,6 +147,7 @@ class PerturbedLoss(nn.Module):
             learns = rule.adapts and step.learning and (step.samples > 0 or step.part is not None)
         else:
             loss, learns = self._measured(step, chosen, output, target)
+        step.release()
         network.current = None
         with torch.no_grad():
             if learns and rule.mirrors:

@@ -49,5 +49,6 @@ def _again(fn: Any, mode: Streams, step: Step) -> Any:
                 return fn(*args, **kwargs)
         finally:
             network.running = running
+            mode.close()
 
     return run

@@ -66,7 +66,7 @@ class Layerwise(Step):
 
     def visit_input(self, point: FeedbackPoint, x: Tensor, convolution: bool) -> Tensor:
         """A point at a layer's input: a view, whose gradient is this layer's alone."""
-        if point.name in self.activities:  # which runs again
+        if self.again or point.name in self.activities:  # which runs again
             return x
         x = x.view_as(x)
         self.visit(point, x)

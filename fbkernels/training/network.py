@@ -159,6 +159,8 @@ class Network(Stateful):
             self._capture()
         if self.warming and not (compiling or capturing(self.step) or self.step.is_meta):
             self.warming = not bool(self.state["warmup"][-1])
+        if self.current is not None:  # a forward without a loss
+            self.current.release()
         self.current = None
         if self.moved and not compiling:
             self.moved, self.buffers_known = False, frozenset(id(t) for t in root.buffers())

@@ -157,6 +157,12 @@ class Step:
                 behind.version = kept._version
                 self.blocks[name] = (behind, kept, winner)
 
+    def release(self) -> None:
+        """The loss has what it needs. What torch.utils.checkpoint will run again keeps the step, and these would keep that function: no
+        collector sees such a circle through autograd's graph."""
+        self.activities, self.blocks, self.predictions, self.outputs, self.changes = {}, {}, {}, [], []
+        self.inputs, self.weighted = (), None
+
     # of Direct and Layerwise
 
     def layer(self, mode: Streams, kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:

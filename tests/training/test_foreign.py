@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 import fbkernels as fb
 
@@ -684,17 +685,30 @@ def held(run: Callable[[], Any]) -> int:
     return sum(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
 
 
+class InPlace(nn.Module):
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again = again
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 8, 3), nn.ReLU(True), nn.Flatten())
+        self.o = nn.Linear(8 * 12 * 12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "checkpoint"])
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
-def test_nothing_is_left_of_a_forward(feedback: str) -> None:
+def test_nothing_is_left_of_a_forward(feedback: str, again: bool) -> None:
     """Nor of one whose loss nobody differentiates, where activations work in place."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
-    model.extend([nn.Flatten(), nn.Linear(8 * 12 * 12, 4)])
-    net = fb.convert(model, feedback=feedback, rule=fb.Joint() if feedback == "direct" else fb.WeightMirror(samples=8))
+    net = fb.convert(InPlace(again), feedback=feedback, rule=fb.Joint() if feedback == "direct" else fb.WeightMirror(samples=8))
     criterion, x = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.randn(6, 3, 16, 16)
     first = held(lambda: criterion(net(x), Y))
     kept = sum(t.numel() * t.element_size() for k, t in net.state_dict().items() if "feedback" in k)
     assert first < 1.1 * kept + 8 * 14 * 14 * 4  # less than one activity of one sample
     assert abs(held(lambda: criterion(net(x), Y))) < 1000
+    criterion(net(x), Y).backward()
+    net.zero_grad()
+    assert abs(held(lambda: (criterion(net(x), Y).backward(), net.zero_grad()))) < 1000
 
 
 class Recurrent(nn.Module):
