@@ -259,8 +259,12 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
             p = p.clone() if kept else p
         return p
 
-    def bare(t: Tensor, _: None) -> Any:
-        return mode.bare(t)
+    alone: dict[int, Tensor] = {}  # attention asks whether query and key are one
+
+    def bare(t: Tensor, _: None) -> Tensor:
+        if id(t) not in alone:
+            alone[id(t)] = mode.bare(t)
+        return alone[id(t)]
 
     signs = range(1 + site.antithetic) if whole else (0,)
     with torch.no_grad():
