@@ -74,11 +74,10 @@ def convert(
         every: perturb, and update B, on each ``every``-th step only.
         fraction: perturb only the first ``ceil(fraction * N)`` samples of a batch, or of a process' part of it, in (0, 1].
         antithetic: perturb by +xi and -xi and take dL from half the difference, which removes the noise of even orders.
-        warmup: in the first ``warmup`` steps only B learns; parameters get no gradient. "auto": where B starts at zero and learns from
+        warmup: in the first ``warmup`` steps only B learns. "auto": where B starts at zero and learns from
             noise (``Ridge``, ``NormalizedLMS``, ``Joint``, rules of your own that start so), until the share of the noise's effect that B
-            explains (``fbkernels.metrics.explained``) stops rising, or for 2 samples a noisy unit; else 0. Gradients are None until then;
-            in compiled and captured steps, in several processes and in autocast zero, which DistributedDataParallel and GradScaler look
-            for, and Adam counts.
+            explains (``fbkernels.metrics.explained``) stops rising, or for 2 samples a noisy unit; else 0. Gradients are zero until then,
+            and torch's optimisers leave them out: no weight decay, and no step that Adam counts, but in compiled and captured steps.
         backend: "auto" or a name from ``fbkernels.backends()``.
         share: direct feedback: ``share`` x ``share`` neighbouring units of a channel, or with "channel" all of them, get the same noise and
             have one row of B, which learns the sum of their gradients; each gets the mean. So B is smaller and needs fewer samples, about

@@ -18,10 +18,11 @@ from fbkernels import ops
 from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, Weighted, error
 from fbkernels.layout import Layout, Rows
-from fbkernels.training.autograd import Deliver, Zeros
+from fbkernels.training.autograd import Deliver
 from fbkernels.training.network import Network, capturing
 from fbkernels.training.processes import Processes, several
 from fbkernels.training.step import Step
+from fbkernels.training.warmup import Zeros, stand
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -138,6 +139,8 @@ class PerturbedLoss(nn.Module):
                 "cast or scaled with its samples in order; what else follows, a full backward hook on the whole network too, belongs into "
                 "forward, a loss of several parts is one criterion, and mixup mixes the targets instead of the losses"
             )
+        if not (torch.compiler.is_compiling() or network.static):
+            stand(network, step.constant or (step.held is not None and bool(step.held)))
         if exact:
             loss: Tensor = self.criterion(output, target)
             with torch.no_grad():
@@ -173,11 +176,8 @@ class PerturbedLoss(nn.Module):
         out = attach(step, m, losses.to(exact), tuple(t.to(exact) for t in e), chosen, self._anchor)
         if step.held is not None:  # without a look at it: what is compiled or captured goes on when the warm-up ends
             out = torch.where(step.held, out.detach(), out)
-        elif step.zeros or (step.constant and not torch.compiler.is_compiling()):
-            # hooks of a parameter's would be called with None
-            hooked = lambda p: not step.zeros and (p._backward_hooks or p._post_accumulate_grad_hooks)  # noqa: E731
-            if parameters := [p for p in self._net[0].parameters() if p.requires_grad and not hooked(p)]:
-                out = Zeros.apply(out, step.zeros, *parameters)
+        elif step.constant and (parameters := [p for p in self._net[0].parameters() if p.requires_grad]):
+            out = Zeros.apply(out, *parameters)
         with torch.no_grad():
             if rule.supervised:
                 from fbkernels.metrics import true_gradients

@@ -129,30 +129,6 @@ class Reach(torch.autograd.Function):
         return g, *ctx.none
 
 
-class Zeros(torch.autograd.Function):
-    """The loss of a warm-up, with a gradient of zero for each parameter where somebody looks for one: in torch.autograd.grad; and, if
-    ``present``, in GradScaler and DistributedDataParallel. Else ``.grad`` stays None, and Adam counts no step."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, present: bool, *parameters: Tensor) -> Tensor:
-        ctx.present, ctx.parameters = present, parameters
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        shown = ctx.present or _inputs_are_named(ctx.parameters[0])
-        return g, None, *(torch.zeros_like(p) if shown else None for p in ctx.parameters)
-
-
-def _inputs_are_named(p: Tensor) -> bool:
-    """Whether torch.autograd.grad runs, and not backward, in which leaves accumulate."""
-    try:
-        torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(p).node)
-    except RuntimeError:
-        return True
-    return False
-
-
 @dataclass(frozen=True)
 class Epilogue:
     """What stands between a layer and its point: phi and a pooling, in either order."""

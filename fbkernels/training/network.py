@@ -370,6 +370,8 @@ class Network(Stateful):
                 raise ValueError(f"the rows of an output of shape {tuple(t.shape)} cannot be matched with the {step.samples} samples")
             if not t.requires_grad and (h := mode.before(t)) is not None:  # features beside logits: the cut is not theirs
                 t = h.view_as(h)
+            if step.constant and not t.requires_grad:  # so that what is computed from it can be followed, and differentiated
+                t = t.detach().requires_grad_().view_as(t)
             if self.processes is not None and not self.settings.layerwise and not step.outputs:
                 t = Reach.apply(t, *step.activities.values())
             elif any(t is own for own in step.activities.values()) or any(leaves[i] is o for o in twice):

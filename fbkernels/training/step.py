@@ -36,12 +36,9 @@ class Step:
         self.learning, self.perturbing, self.probe = learning, perturbing, probe  # probe: of metrics, see Network
         self.constant = not probe and settings.warmup > 0 and network.steps < settings.warmup  # warm-up: only B learns
         self.held: Tensor | None = None  # direct, of a warm-up that ends by itself: bool, whether it lasts
-        self.zeros = False  # its gradients are zero in place of None, and Adam counts its steps
         fixed = torch.compiler.is_compiling() or network.static  # the same operations in each step
-        if network.warming and not probe:
-            # DistributedDataParallel and, with autocast, GradScaler look for gradients
-            self.zeros = fixed or network.processes is not None or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-            self.constant = settings.layerwise or not self.zeros
+        if network.warming and not probe:  # what is fixed goes on when it ends; DistributedDataParallel looks for a way to the parameters
+            self.constant = settings.layerwise or not (fixed or network.processes is not None)
             self.held = None if self.constant else network.state["warmup"][-1] == 0
         due = settings.rule.predicts if fixed else network.steps % SHARE_EVERY == 0
         self.explains = settings.rule.explains and perturbing and not probe and (network.warming or due)

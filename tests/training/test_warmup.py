@@ -286,17 +286,37 @@ def test_metrics_leave_it_alone() -> None:
 
 @pytest.mark.parametrize("warmup", ["auto", 2])
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
-def test_gradients_that_are_asked_for_are_zero(feedback: str, warmup: str | int) -> None:
-    """Where backward leaves None, and calls no hook, torch.autograd.grad finds a use of each parameter."""
-    net = fb.convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), feedback=feedback, rule=fb.Ridge(), warmup=warmup)
-    criterion, x, y = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.randn(9, 8), torch.arange(9) % 3
+def test_its_gradients_are_zero(feedback: str, warmup: str | int) -> None:
+    """For hooks, torch.autograd.grad and loops by hand too, whatever affine stands between the network and its loss."""
+    net = fb.convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1)), feedback=feedback, rule=fb.Ridge(), warmup=warmup)
+    criterion, x, y = fb.PerturbedLoss(nn.MSELoss(), net), torch.randn(9, 8), torch.randn(9)
     heard: list[Tensor] = []
-    handle = net[0].weight.register_hook(heard.append)
-    criterion(net(x), y).backward()
-    assert [p.grad for p in net.parameters()] == [None] * 4 and not heard
-    handle.remove()
-    gradients = torch.autograd.grad(criterion(net(x), y), [*net.parameters()])
-    assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(gradients, net.parameters(), strict=True))
+    net[0].weight.register_hook(heard.append)
+    zeros = [torch.zeros_like(p) for p in net.parameters()]
+    criterion(net(x).squeeze(1), y).backward()
+    torch.testing.assert_close([p.grad for p in net.parameters()], zeros, rtol=0, atol=0)
+    torch.testing.assert_close(heard, zeros[:1], rtol=0, atol=0)
+    gradients = torch.autograd.grad(criterion(net(x).squeeze(1), y), [*net.parameters()])
+    torch.testing.assert_close(gradients, tuple(zeros), rtol=0, atol=0)
+
+
+def test_a_penalty_on_the_weights_counts_in_it() -> None:
+    net = fb.convert(mlp(), rule=fb.Joint(), warmup="auto")
+    criterion, optimizer = fb.PerturbedLoss(nn.CrossEntropyLoss(), net), torch.optim.SGD(net.parameters(), 0.1)
+    x, y = batch(0)
+    first, *_, last = net.parameters()
+    before = first.detach().clone(), last.detach().clone()
+    (criterion(net(x), y) + first.square().sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(first.detach(), 0.8 * before[0])
+    assert torch.equal(last, before[1]) and last.grad is None
+
+
+def test_a_plain_criterion_is_told_in_it() -> None:
+    net = fb.convert(mlp(), rule=fb.Joint(), warmup="auto")
+    x, y = batch(0)
+    with pytest.warns(UserWarning, match="got its gradient from a loss that is no PerturbedLoss"):
+        nn.CrossEntropyLoss()(net(x), y).backward()
 
 
 # a runaway
