@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
     from fbkernels.training.network import Network
 
 _STANDING: weakref.WeakSet[Network] = weakref.WeakSet()
+_LEFT_OUT: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
 
 
 class Zeros(torch.autograd.Function):
@@ -45,10 +46,17 @@ def _leave_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if not _STANDING:
         return
     still = {id(p) for network in _STANDING for p in network.root[0].parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) in still and p.grad is not None and not bool(p.grad.any()):
-                p.grad = None
+    _LEFT_OUT[optimizer] = []
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(p) in still and p.grad is not None and not bool(p.grad.any()):
+            _LEFT_OUT[optimizer].append((p, p.grad))
+            p.grad = None
+
+
+def _put_back(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for p, gradient in _LEFT_OUT.pop(optimizer, ()):
+        p.grad = gradient
 
 
 register_optimizer_step_pre_hook(_leave_out)
+register_optimizer_step_post_hook(_put_back)
