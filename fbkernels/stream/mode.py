@@ -268,7 +268,8 @@ class Streams(TorchFunctionMode):
                         chain = own[2]
                         self.put(o, own[1], (chain[0], chain[1] + 1) if chain is not None and self._next(own, cls) else chain)
                 return out
-            if not marked:
+            # torch.utils.checkpoint keeps, for its second run, activities with what stands beside them
+            if not marked or cls.__module__ == "torch.utils.checkpoint":
                 return plain(*args, **kwargs)
             if all(mark[1] is None for _, mark in marked):
                 return self._tag(cls, plain(*args, **kwargs), None, ())
