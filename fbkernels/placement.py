@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fbkernels._tree import Where
 from fbkernels.layout import Rows
 from fbkernels.stream.chain import Chain, fusible
+from fbkernels.stream.custom import contradicts, declared
 from fbkernels.stream.kinds import (
     DROPOUTS,
     GROUP,
@@ -82,17 +83,13 @@ class Call:
     weighted: bool = False  # reads a tensor of the model's own
     own: str = ""  # the parameter of its own that it carries an error through
     random: bool = False
+    cut: bool = False  # no gradient passes
     point: str = ""
 
     @property
     def hook(self) -> bool:
         """Whether it is torch's own identity for full backward hooks."""
         return self.func is not None and name_of(self.func) == "BackwardHookFunction"
-
-    @property
-    def cut(self) -> bool:
-        """Whether no gradient passes."""
-        return self.func is not None and name_of(self.func) in ("detach", "detach_", "bernoulli")
 
 
 _ASKS = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
@@ -104,6 +101,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, network: Any, names: Mapping[int, str], inputs: list[Tensor]) -> None:
         super().__init__()
         self.network, self.names, self.count = network, names, 0
+        self.grad = torch.is_grad_enabled()
         self.calls: list[Call] = []
         self.ran: collections.Counter[str] = collections.Counter()
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -191,7 +189,9 @@ class Recorder(TorchFunctionMode):
         if cls.__name__ == "CheckpointFunction":
             raise ValueError("what torch.utils.checkpoint runs would get no learned gradient: it needs use_reentrant=False")
         with torch._C.DisableTorchFunction():
+            before = torch.get_rng_state()
             out = plain(*args, **kwargs)
+            random = not torch.equal(before, torch.get_rng_state())
         ins = [v for t in tree_leaves((args, kwargs)) if (v := self.known(t)) is not None]
         if cls.__module__.startswith("torch.distributed."):  # fully_shard's, which changes nothing
             for t, o in zip(
@@ -200,10 +200,23 @@ class Recorder(TorchFunctionMode):
                 o._fb_value = getattr(t, "_fb_value", None)  # type: ignore[attr-defined]
         elif ins:
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
-            call = Call(cls, ins, outs)
+            call = Call(cls, ins, outs, random=random, cut=self.grad and not torch.is_grad_enabled())
             call.group = call.hook
+            if not (call.hook or call.cut):
+                self.judge(cls, plain, args, kwargs)
             self.calls.append(call)
         return out
+
+    def judge(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> None:
+        """Refuse a custom function that says another gradient than that of what it computes where the difference cannot follow it."""
+        with torch._C.DisableTorchFunction(), torch.random.fork_rng([]):
+            at = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.known(t) is not None and t.requires_grad]
+            hides = bool(at) and declared(plain, args, kwargs, at, [torch.ones_like(t) for t in at]) is None
+            if hides and contradicts(plain, args, kwargs, at):
+                raise ValueError(
+                    f"the gradient of custom autograd.Function {cls.__name__!r} is not that of what it computes, and B can learn it only "
+                    "from a backward that can be differentiated: write it in torch, without once_differentiable"
+                )
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, kind, name = kwargs or {}, kind_of(func), name_of(func)
@@ -221,6 +234,9 @@ class Recorder(TorchFunctionMode):
             self.check(t)
         before = torch.get_rng_state() if kind != "look" else None
         written = in_place(name, args, kwargs)
+        silent = self.grad and not torch.is_grad_enabled()  # behind torch.no_grad there is no credit
+        if silent and written:
+            ins = [v for t in tensors[:1] if (v := self.known(t)) is not None]
         buffer = written and bool(tensors) and self.known(tensors[0]) is None and self.lives(tensors[0])
         out = func(*args, **kwargs)
         if kind == "look":
@@ -230,6 +246,7 @@ class Recorder(TorchFunctionMode):
         if drawn and name.startswith("rrelu"):  # how many it draws depends on the signs
             raise ValueError(f"{name} draws random numbers that the two streams cannot share: use dropout, or a leaky ReLU")
         call = Call(func, ins, [], random=drawn, weighted=bool(ins) and len(ins) < len(tensors))
+        call.cut = kind == "cut" or name == "bernoulli" or (silent and not written)
         if name in OWN_WEIGHTS:
             own = (t for t in tensors if t.requires_grad and self.known(t) is None and self.nodes.get(t.grad_fn) != 0)
             call.own = next((self.parameter(t) for t in own), "")
@@ -328,7 +345,7 @@ def place(
         if c.layer is None:
             continue
         placement.layers[c.layer] = None
-        if c.outs[0] not in graph.live or c.outs[0] in graph.bare:
+        if c.cut or c.outs[0] not in graph.live or c.outs[0] in graph.bare:
             continue
         chain, last = _chain(c, graph, found)
         if chain is None or (found and not hidden(c.layer[0])):
@@ -487,7 +504,7 @@ def _reads(
     claimed: list[str] = []
     read: set[str] = set()  # by a layer that has its B elsewhere
     for c in recorder.calls:
-        if c.layer is None or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
+        if c.layer is None or c.cut or c.outs[0] not in graph.live or c.ins[0] not in graph.above:
             continue
         v, shared = c.ins[0], len(graph.readers[c.ins[0]]) > 1
         while v not in ends and v in graph.made and (graph.made[v].hook or name_of(graph.made[v].func) in REARRANGEMENTS | DROPOUTS):

@@ -44,6 +44,11 @@ def linear(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) ->
     return out, e
 
 
+def cut(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: bool) -> Result:
+    """Behind it there is no difference: backprop gives no credit there."""
+    return (func(*args, **kwargs), None) if mode.site.credits else linear(mode, func, args, kwargs, alone)
+
+
 def _fit(name: str, args: Args, d: Any) -> Args:
     """``x.view(len(x), -1)`` where not all rows have a difference."""
     x, rest = args[0], args[1:]
@@ -83,8 +88,8 @@ def elementwise(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alone: boo
     if low:
         with torch.no_grad(), _exact(x):
             h = mode.site.rows(x.detach(), mode.d(x)).float()
-            given = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args[1:]]
-            d = func(h + mode.d(x), *given, **kwargs) - func(h, *given, **kwargs)  # type: ignore[operator]
+            given, named = _map((args[1:], kwargs), lambda t, _: t.float() if t.is_floating_point() else t, None)
+            d = func(h + mode.d(x), *given, **named) - func(h, *given, **named)  # type: ignore[operator]
         out = func(mode.bare(x), *args[1:], **kwargs)
         return out, d.to(out.dtype)
     with torch.no_grad():
@@ -229,8 +234,9 @@ def synchronised_norm(mode: Streams, func: Any, args: Args, kwargs: Kwargs, alon
         return out, (d * gain.detach().view(-1, *[1] * (out.ndim - 2))).to(out.dtype)  # type: ignore[operator]
 
 
-def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, Any]:
-    """f(h + d) - f(h) of any function, its random numbers drawn twice alike; what lives longer than the step is written once, clean."""
+def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs, key: Any = None) -> tuple[Any, Any]:
+    """f(h + d) - f(h) of any function, its random numbers drawn twice alike; what lives longer than the step is written once, clean.
+    ``key``: what it is known by where it draws."""
     name = name_of(func)
     written = in_place(name, args, kwargs)
     target = (kwargs.get("out") if kwargs.get("out") is not None else args[0]) if written else None
@@ -239,7 +245,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
         return func(*args, **kwargs), None
     site, given = mode.site, [t for t in _leaves((args, kwargs)) if isinstance(t, Tensor)]
     low = any(t.dtype in (torch.bfloat16, torch.float16) for t in given)
-    random = site.random is not None and func in site.random if not torch.compiler.is_compiling() else False
+    random = site.random is not None and (key or func) in site.random if not torch.compiler.is_compiling() else False
     # random numbers, or what else has a row for each sample: they are those of the whole batch, which runs once for each sign
     whole = site.partial() and (
         random or any(mode.mark(t) is None and not isinstance(t, Parameter) and site.samples in t.shape for t in given)
@@ -269,7 +275,7 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs) -> tuple[Any, 
     signs = range(1 + site.antithetic) if whole else (0,)
     with torch.no_grad():
         calls = [(_map(args, other, sign), _map(kwargs, other, sign)) for sign in (*signs, *[None] * low)]
-    generators = _generators(given) if random else []
+    generators = generators_for(given) if random else []
     states, draws = [drawn(g) for g in generators], Draws()
     with draws if random else contextlib.nullcontext():
         out = func(*args, **kwargs) if written else func(*_map(args, bare, None), **_map(kwargs, bare, None))
@@ -351,7 +357,7 @@ def _exact(x: Tensor | None) -> Iterator[None]:
         yield
 
 
-def _generators(given: list[Tensor]) -> list[torch.Generator]:
+def generators_for(given: list[Tensor]) -> list[torch.Generator]:
     """That a function of these may draw from."""
     cuda = next((t.device for t in given if t.is_cuda), None)
     if cuda is None:
@@ -389,5 +395,5 @@ def _leaves(tree: Any) -> list[Any]:
 
 HANDLERS = {
     f.__name__: f
-    for f in (linear, layer, elementwise, add, subtract, multiply, divide, matmul, cat, dropout, pad, batch_norm, synchronised_norm)
+    for f in (linear, cut, layer, elementwise, add, subtract, multiply, divide, matmul, cat, dropout, pad, batch_norm, synchronised_norm)
 }

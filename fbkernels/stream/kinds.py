@@ -49,7 +49,7 @@ _PROPERTIES = """
     nbytes _version is_mps is_xpu is_cpu is_ipu is_xla _base output_nr name names _backward_hooks
 """
 _LINEAR = """
-    view reshape flatten permute transpose movedim moveaxis squeeze unsqueeze contiguous unflatten to float double clone detach __getitem__
+    view reshape flatten permute transpose movedim moveaxis squeeze unsqueeze contiguous unflatten to float double clone __getitem__
     expand t swapaxes swapdims chunk split unbind tensor_split narrow select index_select gather roll flip sum mean avg_pool1d avg_pool2d
     avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d repeat tile repeat_interleave neg __neg__ cumsum diagonal tril
     triu pixel_shuffle unfold fold pixel_unshuffle cpu cuda half bfloat16 ravel broadcast_to channel_shuffle rot90 trace take unsafe_chunk
@@ -83,8 +83,9 @@ def _table() -> dict[Any, str]:
         kinds.update(dict.fromkeys(functions, kind))
 
     put("elementwise", *_named(*(ACTIVATIONS - {"prelu", "clamp"}), *(n + "_" for n in ACTIVATIONS), *_ELEMENTWISE.split()))
-    put("linear", *_named(*_LINEAR.split(), "neg_", "squeeze_", "unsqueeze_", "t_", "transpose_", "detach_"))
-    put("linear", *(getattr(Tensor, n).__get__ for n in ("T", "mT", "H", "mH", "data", "real", "imag")))
+    put("linear", *_named(*_LINEAR.split(), "neg_", "squeeze_", "unsqueeze_", "t_", "transpose_"))
+    put("linear", *(getattr(Tensor, n).__get__ for n in ("T", "mT", "H", "mH", "real", "imag")))
+    put("cut", *_named("detach", "detach_"), Tensor.data.__get__)  # type: ignore[attr-defined]
     put("add", *_named("add", "__add__", "__radd__"))
     put("subtract", *_named("sub", "subtract", "__sub__"))
     put("multiply", *_named("mul", "multiply", "__mul__", "__rmul__"))

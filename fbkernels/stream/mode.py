@@ -6,16 +6,18 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fbkernels.draws import drawn_again
 from fbkernels.stream import kinds
 from fbkernels.stream.chain import Chain, Waiting
-from fbkernels.stream.differences import HANDLERS, general
+from fbkernels.stream.custom import declared
+from fbkernels.stream.differences import HANDLERS, general, generators_for
 from fbkernels.stream.kinds import in_place, kind_of, name_of, same
 
 # what stands beside a tensor, as its attribute ``_fb``: the step's token, the difference (None: none yet), the chain that it is in with the
@@ -33,6 +35,7 @@ class Site(Protocol):
     antithetic: bool  # each difference has both signs
     constant: bool  # parameters are constants: warm-up
     random: frozenset[Any]  # functions that draw random numbers
+    credits: bool  # differences go where gradients do, and not behind detach()
     rows_first: bool  # the plain model's maps are not channels-last as those of blocks are
     fuses: tuple[torch.dtype, ...]  # dtypes of the layers whose chains run in one launch
 
@@ -85,6 +88,7 @@ class Streams(TorchFunctionMode):
         self.token = 0 if torch.compiler.is_compiling() else next(_TOKENS)  # tells the marks of one forward from those of another
         self.replaced: list[Tensor] = []  # tensors that have another in their place
         self.waiting: list[tuple[Any, Waiting]] = []  # tensors that stand for functions put off, by weak reference
+        self.grad = torch.is_grad_enabled()
         self.sources = False  # layerwise: where a point's noise is to go in is followed too
 
     # what stands beside a tensor
@@ -230,12 +234,19 @@ class Streams(TorchFunctionMode):
         """The clean result and its difference, of several results a list of them."""
         if all(m[1] is None for _, m in marked):
             return func(*args, **kwargs), None
+        if self._uncredited():
+            kept = self.d(args[0]) if in_place(name_of(func), args, kwargs) else None
+            return func(*args, **kwargs), kept
         handler = HANDLERS.get(kind)
         if handler is not None:
             result = handler(self, func, args, kwargs, len(marked) == 1 and len(args) > 0 and args[0] is marked[0][0])
             if result is not None:
                 return result
         return general(self, func, args, kwargs)
+
+    def _uncredited(self) -> bool:
+        """Under torch.no_grad, behind which backprop gives no credit."""
+        return self.site.credits and self.grad and not torch.is_grad_enabled()
 
     def _tag(self, func: Any, out: Any, d: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(out, Tensor):
@@ -253,7 +264,7 @@ class Streams(TorchFunctionMode):
         return out
 
     def custom(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> Any:
-        """A custom autograd.Function: f(h + d) - f(h), as of any function."""
+        """A custom autograd.Function: J d as its backward says, or f(h + d) - f(h) as of any function."""
         args, kwargs = _map(args, self.current), _map(kwargs, self.current)
         marked = self._marked((*args, *kwargs.values()), [])
         for t, mark in marked:
@@ -271,10 +282,30 @@ class Streams(TorchFunctionMode):
             # torch.utils.checkpoint keeps, for its second run, activities with what stands beside them
             if not marked or cls.__module__ == "torch.utils.checkpoint":
                 return plain(*args, **kwargs)
-            if all(mark[1] is None for _, mark in marked):
+            if all(mark[1] is None for _, mark in marked) or self._uncredited():
                 return self._tag(cls, plain(*args, **kwargs), None, ())
-            out, d = general(self, plain, args, kwargs)
+            out, d = self._declared(cls, plain, args, kwargs, marked) or general(self, plain, args, kwargs, cls)
         return self._tag(cls, out, d, ())
+
+    def _declared(self, cls: Any, plain: Any, args: Any, kwargs: Any, marked: list[tuple[Tensor, Mark]]) -> tuple[Any, Any] | None:
+        site = self.site
+        moving = {id(t): (t, m[1]) for t, m in marked if m[1] is not None and t.is_floating_point()}
+        if not (site.credits and moving):
+            return None
+        at, ds = zip(*moving.values(), strict=True)
+        whole = [site.sides(torch.zeros_like(t), d) for t, d in zip(at, ds, strict=True)]  # a row of another's has no difference
+        generators = generators_for([*at]) if cls in site.random else []
+        sides = []
+        for directions in zip(*whole, strict=True):
+            with drawn_again((), generators):
+                side = declared(plain, args, kwargs, at, directions)
+            if side is None:
+                return None
+            sides.append(side)
+        out = plain(*_map(args, self.bare), **_map(kwargs, self.bare))
+        partial = site.partial()
+        moved = [None if parts[0] is None else site.joined(parts, None) if partial else parts[0] for parts in zip(*sides, strict=True)]
+        return out, _beside(out, iter(moved))
 
     def _follow(self, func: Any, out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Layerwise: rearrangements keep the point that a layer will read, and how its noise comes there."""
@@ -435,7 +466,7 @@ class _Modes(threading.local):
 
 
 _MODES = _Modes()
-_PLAIN = torch.autograd.Function.__dict__["apply"]
+_HOME = torch.autograd.function._SingleLevelFunction  # which Function.apply leads to, also where a model has kept that before
 
 
 class Shown:
@@ -445,9 +476,8 @@ class Shown:
         self.mode = mode
 
     def __enter__(self) -> None:
-        function = torch.autograd.Function
-        if function.__dict__["apply"] is _PLAIN:  # once and for all: a class that changes loses what Python knows of its subclasses
-            function.apply = classmethod(_apply)  # type: ignore[assignment, method-assign]
+        if "apply" not in _HOME.__dict__:  # once and for all: a class that changes loses what Python knows of its subclasses
+            _HOME.apply = classmethod(_apply)  # type: ignore[attr-defined]
         _MODES.stack.append(self.mode)
 
     def __exit__(self, *_: Any) -> None:
@@ -459,10 +489,17 @@ def shown(mode: Any) -> contextlib.AbstractContextManager[None]:
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = _PLAIN.__get__(None, cls)
+    plain = super(_HOME, cls).apply
     if not _MODES.stack or cls.__module__.startswith("fbkernels."):
         return plain(*args, **kwargs)
     return _MODES.stack[-1].custom(cls, plain, args, kwargs)
+
+
+def _beside(out: Any, moved: Iterator[Any]) -> Any:
+    """The differences in the form of what they belong to."""
+    if isinstance(out, Tensor):
+        return next(moved)
+    return [_beside(o, moved) for o in out] if isinstance(out, (list, tuple)) else None
 
 
 def _map(tree: Any, f: Callable[[Any], Any]) -> Any:

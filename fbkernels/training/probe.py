@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Probe:
     """A site without noise and without cuts, that looks at the differences at points."""
 
-    constant = rows_first = antithetic = False
+    constant = rows_first = antithetic = credits = False
     samples = 0
     fuses: tuple[torch.dtype, ...] = ()
 

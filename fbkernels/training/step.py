@@ -43,7 +43,7 @@ class Step:
         due = settings.rule.predicts if fixed else network.steps % SHARE_EVERY == 0
         self.explains = settings.rule.explains and perturbing and not probe and (network.warming or due)
         self.predicts = perturbing and (settings.rule.predicts or self.explains)
-        self.random = placement.random
+        self.random, self.credits = placement.random, True
         self.antithetic = settings.antithetic
         self.perturbed_rows = samples if settings.fraction == 1 else math.ceil(settings.fraction * samples)
         self.rows_first = False  # the plain model's maps are not channels-last as those of blocks are

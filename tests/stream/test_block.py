@@ -117,10 +117,11 @@ def train(
     return {n: t.detach().cpu() for n, t in {**out, **dict(network.named_parameters())}.items()}
 
 
-def assert_as_exact(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Two float32 paths round independently: one is seldom far off where the other is exact, hence the floor of some ulp."""
+def assert_as_exact(ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], least: float = 0.0) -> None:
+    """Two float32 paths round independently: one is seldom far off where the other is exact, hence the floor of some ulp, and ``least``."""
     for key, want in exact.items():
         error, limit = ((t[key].double() - want).norm() for t in (ours, theirs))
+        limit = torch.maximum(limit, least * want.norm())
         # the terms of a bias's gradient cancel before a norm, those of the weight's do not
         size = max(want.norm(), exact[key.removesuffix("bias") + "weight"].norm()) if "gradient" in key and "bias" in key else want.norm()
         assert error <= 4 * limit + 30 * 2.0**-24 * size + 1e-9, (key, float(error), float(limit), float(size))
@@ -138,7 +139,12 @@ def test_steps_are_as_exact_as_those_of_torch(name: str, rule: str, backend: str
     exact = train(model, torch.float64, "reference", rule=RULES[rule](), **options)
     theirs, ours = (train(model, torch.float32, b, rule=RULES[rule](), **options) for b in ("reference", backend))
     assert ours.keys() == exact.keys()
-    assert_as_exact(ours, theirs, exact)
+    # of few samples the loss's change has an error of its own, which B and then each gradient has
+    first = [train(model, dtype, "reference", rule=RULES[rule](), **{**options, "steps": 1}) for dtype in (torch.float32, torch.float64)]
+    least = max(
+        float((a.double() - b).norm() / b.norm()) for (k, a), b in zip(first[0].items(), first[1].values(), strict=True) if k[0] == "B"
+    )
+    assert_as_exact(ours, theirs, exact, least)
 
 
 @pytest.mark.parametrize(
