@@ -197,5 +197,5 @@ def test_layers_under_no_grad_get_no_point() -> None:
 
 def test_a_hidden_reversal_is_refused() -> None:
     net = fb.convert(Model(Hidden.apply).double())
-    with pytest.raises(ValueError, match="gradient of custom autograd.Function 'Hidden' is not that of what it computes.*once_diff"):
+    with pytest.raises(ValueError, match=r"gradient of custom autograd.Function 'Hidden' is not that of what it computes.*once_diff"):
         net(X)
