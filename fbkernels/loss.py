@@ -207,12 +207,12 @@ def given(step: Step, output: Any) -> list[int] | None:
     for t in flatten(output)[0]:
         if not isinstance(t, Tensor) or not differs(t):
             continue
-        i = next((i for i, own in enumerate(step.outputs) if same(t, own)), None)
+        i = next((i for i in range(len(step.outputs)) if same(step, i, t)), None)
+        step.own = step.own and i is not None and t is step.outputs[i]
         if i is None:
             i = next((i for i in range(len(step.outputs)) if followed(step, i, t)), None)
         if i is None:
             return None
-        step.own = step.own and t is step.outputs[i]
         step.outputs[i] = t  # the gradient takes the same way back: DistributedDataParallel waits for it at its copy
         chosen.append(i)
     return chosen or None
@@ -236,14 +236,15 @@ def descends(step: Step, output: Any) -> bool:
     return True
 
 
-def same(logits: Tensor, own: Tensor) -> bool:
-    """Whether they are the network's own output, also where DistributedDataParallel has handed out a copy."""
-    if logits is own:
-        return True
-    node: Any = getattr(logits, "grad_fn", None)
-    if type(node).__name__ != "_DDPSinkBackward" or own.grad_fn is None:
+def same(step: Step, i: int, t: Tensor) -> bool:
+    """Whether t is output i as the network gave it, also where DistributedDataParallel has handed out a copy."""
+    edge = step.edges[i]
+    if t is step.outputs[i]:
+        return edge is None or t.grad_fn is edge.node
+    node: Any = getattr(t, "grad_fn", None)
+    if type(node).__name__ != "_DDPSinkBackward" or edge is None:
         return False
-    return bool(node.next_functions[logits.output_nr] == (own.grad_fn, own.output_nr))
+    return bool(node.next_functions[t.output_nr] == (edge.node, edge.output_nr))
 
 
 # affine functions, which may stand between the network and its loss: net(x).squeeze(1), .float(), a slice, a temperature
@@ -259,11 +260,13 @@ _AFFINE = {
 def followed(step: Step, i: int, t: Tensor) -> bool:
     """Whether t is output i behind affine functions of torch that leave the samples in order: then it takes that output's place, and its
     change is what they make of it."""
-    own, change = step.outputs[i], step.changes[i]
-    node: Any = None if torch.compiler.is_compiling() else t.grad_fn
+    edge, change = step.edges[i], step.changes[i]
+    if edge is None:
+        return False
+    node: Any = t.grad_fn
     which = t.output_nr  # of what node made
-    while node is not None and (node, which) != (own.grad_fn, own.output_nr):
-        before = [edge for edge in node.next_functions if edge[0] is not None]
+    while node is not None and (node, which) != (edge.node, edge.output_nr):
+        before = [way for way in node.next_functions if way[0] is not None]
         if node.name().rstrip("0123456789").removesuffix("Backward") not in _AFFINE or len(before) != 1:
             return False
         ((node, which),) = before
@@ -275,17 +278,17 @@ def followed(step: Step, i: int, t: Tensor) -> bool:
         return True
     with torch.enable_grad():  # J d as the derivative of J^T v with respect to v
         v = torch.zeros_like(t, requires_grad=True)
-        (back,) = torch.autograd.grad(t, own, v, create_graph=True)
+        (back,) = torch.autograd.grad(t, edge, v, create_graph=True)
 
         def image(d: Tensor) -> Tensor:
             return torch.autograd.grad(back, v, d.to(back.dtype), retain_graph=True)[0]
 
-        whose = torch.arange(n, device=own.device, dtype=own.dtype)
-        sample = layout.activity(whose[:, None].expand(n, layout.units)).view(own.shape)
+        whose = torch.arange(n, device=t.device, dtype=back.dtype)
+        sample = layout.activity(whose[:, None].expand(n, layout.units)).view(back.shape)
         number, one = (image(x).reshape(len(t), -1) for x in (sample, torch.ones_like(sample)))
         if change is not None:
             change = image(change)
-    copies, close = len(t) // n, 4 * torch.finfo(own.dtype).eps
+    copies, close = len(t) // n, 4 * torch.finfo(back.dtype).eps
     for rows, order in ((Rows(), whose.repeat_interleave(copies)), (Rows(strided=True), whose.repeat(copies))):
         if torch.allclose(number, one * order[:, None].to(one.dtype), rtol=close, atol=0.0):
             step.changes[i], step.layouts[i] = change, Layout.of(t, n, False, 1, rows)

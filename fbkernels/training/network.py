@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
@@ -378,9 +379,11 @@ class Network(Stateful):
                 t = t.view_as(t)
             if not (self.probe or torch.compiler.is_compiling()) and t.requires_grad:
                 # a hook that held the step would keep it for ever: no collector sees the way from a tensor through its hooks
-                t.register_hook(functools.partial(_unseen, weakref.ref(self), step.sent))
+                edge = get_gradient_edge(t)
+                edge.node.register_prehook(functools.partial(_unseen, weakref.ref(self), step.sent, edge.output_nr))  # behind t's own
             step.layouts.append(Layout.of(t, step.samples, False, 1, rows))
             step.outputs.append(t)
+            step.edges.append(None if torch.compiler.is_compiling() or not t.requires_grad else get_gradient_edge(t))
             step.changes.append(None if mark is None else mark[1])
             leaves[i] = t
             if not torch.compiler.is_compiling() and hasattr(t, "_fb"):
@@ -732,10 +735,10 @@ def _lost(owner: weakref.ref[Network], what: str, _: Tensor) -> None:
         )
 
 
-def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:
+def _unseen(owner: weakref.ref[Network], sent: Sent, output: int, gradients: tuple[Tensor | None, ...]) -> None:
     """The gradient of an output, which a PerturbedLoss has to send, in direct feedback all of it."""
-    network = owner()
-    if network is None or network.unseen:
+    network, gradient = owner(), gradients[output]
+    if network is None or network.unseen or gradient is None:
         return
     if not sent.taken and network.settings.layerwise and not network.settings.rule.adapts:
         return
@@ -747,11 +750,11 @@ def _unseen(owner: weakref.ref[Network], sent: Sent, gradient: Tensor) -> None:
             "fbkernels.PerturbedLoss(criterion, net)",
             stacklevel=2,
         )
-    elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd has added another one
+    elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd, or a hook, has made another one
         network.unseen = True
         warnings.warn(
-            "a part of the output's gradient is from outside of PerturbedLoss, and hidden layers with direct feedback do not see it: "
-            "let the criterion compute that term too, or use feedback='layerwise'",
+            "a part of the output's gradient is from outside of PerturbedLoss, from another term or a hook on the output, and hidden layers "
+            "with direct feedback do not see it: let the criterion compute it too, or use feedback='layerwise'",
             stacklevel=2,
         )
     sent.gradients = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, fixed_kernel, used_twice
@@ -57,6 +58,7 @@ class Step:
         self.blocks: dict[str, tuple[Behind, Tensor, Tensor | None]] = {}  # fused ones, what phi' is read from, and the winners
         self.predictions: dict[str, Tensor] = {}  # [parts, rows, outputs] of each point: their sum is sum_l Xi_l B_l
         self.outputs: list[Tensor] = []
+        self.edges: list[GradientEdge | None] = []  # where these began: what follows in place makes the tensor itself another's result
         self.own = True  # the loss takes the outputs themselves, no functions of them
         self.changes: list[Tensor | None] = []  # of the outputs, by the noise
         self.layouts: list[Layout] = []  # of the outputs
@@ -158,6 +160,7 @@ class Step:
         """The loss has what it needs. What torch.utils.checkpoint will run again keeps the step, and these would keep that function: no
         collector sees such a circle through autograd's graph."""
         self.activities, self.blocks, self.predictions, self.outputs, self.changes = {}, {}, {}, [], []
+        self.edges = []
         self.inputs, self.weighted = (), None
 
     # of Direct and Layerwise

@@ -1327,3 +1327,34 @@ def test_a_layer_that_the_first_step_skips(rule: fb.Rule, first: bool) -> None:
         if isinstance(rule, (fb.WeightMirror, fb.WeightTransport)):
             want = gradients(plain, nn.CrossEntropyLoss()(plain(X), Y))
             assert all(torch.allclose(got[k], g, rtol=1e-8) for k, g in want.items() if g is not None)
+
+
+@pytest.mark.parametrize("how", [lambda z: z.div_(0.5), lambda z: z.mul_(4.0)], ids=["div_", "mul_"])
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.LMS(1e-3))], ids=repr)
+def test_an_output_changed_in_place_is_a_function_of_it(feedback: str, rule: fb.Rule, how: Callable[[Tensor], Any]) -> None:
+    nets = [fb.convert(mlp(), feedback=feedback, rule=rule, noise_std=0.1) for _ in range(2)]
+    for net, inplace in zip(nets, (False, True), strict=True):
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        for _ in range(3):
+            z = net(X)
+            if not inplace:
+                z = z.clone()
+            how(z)
+            criterion(z, Y).backward()
+    equal(*({k: p.grad for k, p in net.named_parameters()} for net in nets))
+    for a, b in zip(*(fb.points(net).values() for net in nets), strict=True):
+        torch.testing.assert_close(a.B, b.B)
+        assert a.B.any()
+    z = net(X)
+    z[:, :2].mul_(3.0)
+    with pytest.raises(ValueError, match="what else follows"):
+        criterion(z, Y)
+
+
+def test_a_hook_on_the_output_is_told() -> None:
+    """Hidden layers with direct feedback have their error from the loss, before the hook."""
+    net = fb.convert(mlp(), rule=fb.Fixed())
+    out = net(X)
+    out.register_hook(lambda g: 2 * g)
+    with pytest.warns(UserWarning, match="a part of the output's gradient is from outside of PerturbedLoss, from another term or a hook"):
+        fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(out, Y).backward()
