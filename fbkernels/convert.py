@@ -10,7 +10,8 @@ import gc
 import inspect
 import types
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -93,30 +94,29 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(m, Network) for m in model.modules()):
-        raise ValueError("model is converted already: use fbkernels.revert first")
-    script = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
-    if script is not None:
-        where = f"module {script!r}" if script else "model"
-        raise ValueError(f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from")
-    compiled = next((n for n, m in model.named_modules() if isinstance(m._modules.get("_orig_mod"), nn.Module)), None)
-    if compiled is not None:
-        where = f"module {compiled!r}" if compiled else "model"
-        raise ValueError(
-            f"{where} is compiled, and its calls cannot be seen: convert with its _orig_mod in its place, and compile the result"
-        )
-    modules = set(model.modules())
-    closed = next((n for n, m in model.named_modules() if _encloses(m.__dict__.get("forward"), modules)), None)
-    if closed is not None:
-        where = f"module {closed!r}" if closed else "model"
-        raise ValueError(
-            f"{where} has a forward of its own that encloses the model itself, and the converted one is a copy: "
-            "write a function of the module, and set module.forward = types.MethodType(function, module)"
-        )
-    held = next((f"{n}.{k}" if n else k for n, m in model.named_modules() for k, v in m.__dict__.items() if _encloses(v, modules)), None)
+    modules = {m: f"module {n!r}" if n else "model" for n, m in model.named_modules()}
+    for m, where in modules.items():
+        if isinstance(m, Network):
+            raise ValueError("model is converted already: use fbkernels.revert first")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{where} is a ScriptModule, whose calls cannot be seen: convert the module that it was scripted or traced from"
+            )
+        if isinstance(m._modules.get("_orig_mod"), nn.Module):
+            raise ValueError(
+                f"{where} is compiled, and its calls cannot be seen: convert with its _orig_mod in its place, and compile the result"
+            )
+        if _encloses(m.__dict__.get("forward"), modules):
+            raise ValueError(
+                f"{where} has a forward of its own that encloses the model itself, and the converted one is a copy: "
+                "write a function of the module, and set module.forward = types.MethodType(function, module)"
+            )
+    held = next(
+        (f"attribute {k!r} of {where}" for m, where in modules.items() for k, v in m.__dict__.items() if _encloses(v, modules)), None
+    )
     if held is not None:
         warnings.warn(
-            f"attribute {held!r} is a function that encloses the model itself, and the converted one is a copy, whose training mode and "
+            f"{held} is a function that encloses the model itself, and the converted one is a copy, whose training mode and "
             "attributes it does not see: write a method",
             stacklevel=2,
         )
@@ -252,6 +252,8 @@ def _copied(model: nn.Module) -> nn.Module:
         for name, value in vars(owner).items():
             if not isinstance(owner, nn.Module) or name not in _REGISTRIES:
                 share(value)
+            elif not value and type(value) in (dict, OrderedDict, set):  # most of a module's: a quarter of the call
+                memo[id(value)] = value.copy()
             elif isinstance(value, dict):
                 for part in value.values():
                     share(part)
@@ -260,9 +262,9 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _encloses(function: Any, modules: set[nn.Module]) -> bool:
+def _encloses(function: Any, modules: Container[nn.Module]) -> bool:
     """Whether a function reaches one of the modules past its arguments: in a variable from around it, or by a global name."""
-    functions = [function]
+    functions: list[Any] = [function] if isinstance(function, (types.FunctionType, types.MethodType, functools.partial)) else []
     for f in functions:  # which grows
         f = f.func if isinstance(f, functools.partial) else f  # whose arguments are copied with the model
         f = getattr(f, "__func__", f)

@@ -753,8 +753,8 @@ def _unseen(owner: weakref.ref[Network], sent: Sent, output: int, gradients: tup
     elif sent.gradients and all(g.data_ptr() != gradient.data_ptr() for g in sent.gradients):  # autograd, or a hook, has made another one
         network.unseen = True
         warnings.warn(
-            "a part of the output's gradient is from outside of PerturbedLoss, from another term or a hook on the output, and hidden layers "
-            "with direct feedback do not see it: let the criterion compute it too, or use feedback='layerwise'",
+            "a part of the output's gradient is from outside of PerturbedLoss, from another term or a hook on the output, and hidden "
+            "layers with direct feedback do not see it: let the criterion compute it too, or use feedback='layerwise'",
             stacklevel=2,
         )
     sent.gradients = []

@@ -931,7 +931,7 @@ def test_what_a_model_refers_to_stays_the_users() -> None:
 def test_a_function_that_encloses_the_model_is_told() -> None:
     model: Any = made(lambda net, x: net.o(net.drop(torch.tanh(net.b(torch.tanh(net.a(x)))))))
     model.drop = lambda h: F.dropout(h, training=model.training)
-    with pytest.warns(UserWarning, match="attribute 'drop' is a function that encloses the model itself, and the converted one is a copy"):
+    with pytest.warns(UserWarning, match="attribute 'drop' of model is a function that encloses the model itself"):
         fb.convert(model)
     model.drop = functools.partial(F.dropout, p=0.5)
     with warnings.catch_warnings():
