@@ -76,6 +76,7 @@ def table(run: Path) -> str:
     hardware = ", ".join(f"{name} {value}" for name, value in summary["hardware"].items() if value is not None)
     note = run / "note.md"
     lines += ["", note.read_text().strip()] if note.is_file() else []
+    lines += ["", f"![{run.name}: accuracy](../figures/{run.name}/accuracy.png)"]
     return f"\n## {run.name}\n\n`{command(summary['settings'])}`\n\n{versions}; {hardware}\n\n" + "\n".join(lines) + "\n"
 
 
@@ -441,7 +442,7 @@ def main() -> None:
     tables = [targets(info), *(timings(path) + lost(path) for path in benchmarks())]
     suite = "\n".join(cases(info))
     tables += [f"\n## Ops, layers and steps\n{suite}\n"] if suite else []
-    (RESULTS / "README.md").write_text(HEAD + "".join(tables) + "".join(map(table, runs)) + shared + reproduced)
+    (RESULTS / "README.md").write_text(HEAD + "".join(map(table, runs)) + shared + reproduced + "".join(tables))
     speed(info, hardware(RESULTS / "cpu.json"), figures / "speed.png")
     if "bench_suite::test_sweep[batch]" in info:
         sweeps(info, figures / "sweep.png")

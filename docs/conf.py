@@ -17,6 +17,7 @@ myst_heading_anchors = 3
 autodoc_typehints = "none"  # the docstrings give dtypes and shapes, which types do not
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # torch's say nothing of these classes
+html_show_copyright = False
 smartquotes = False  # the options are --so
 maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
