@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
+from fbkernels._compile import whole
 from fbkernels._tree import differs, flatten, unflatten
 from fbkernels.criterion import PerSample, Weighted, error
 from fbkernels.layout import Layout, Rows
@@ -119,6 +120,10 @@ class PerturbedLoss(nn.Module):
             if plain.requires_grad and not (network.told or torch.compiler.is_compiling()):
                 plain.register_hook(functools.partial(backprops, weakref.ref(network)))
             return plain
+        return self._perturbed(network, output, target)
+
+    @whole
+    def _perturbed(self, network: Network, output: Any, target: Any) -> Tensor:
         if network.processes is None and not torch.compiler.is_compiling() and not network.step.is_meta and several():
             raise RuntimeError("several processes: make PerturbedLoss after torch.distributed.init_process_group")
         step, rule = network.current, network.settings.rule

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fbkernels._compile import skipped
 from fbkernels.draws import drawn_again
 from fbkernels.stream import kinds
 from fbkernels.stream.chain import Chain, Waiting
@@ -163,7 +164,7 @@ class Streams(TorchFunctionMode):
             return func(*args, **kwargs)
         first = marked[0][1]
         if first[3] is not None or (len(marked) > 1 and any(m[3] is not None for _, m in marked)):
-            if len(marked) == 1 and args and args[0] is marked[0][0] and self._next(first, func):
+            if len(marked) == 1 and args and args[0] is marked[0][0] and _next(first, func):
                 done, result = self._extend(args[0], first, func, args, kwargs)
                 if done:
                     return result
@@ -188,7 +189,7 @@ class Streams(TorchFunctionMode):
         layer: Layer | None = None
         if kind == "layer" and args and marked[0][0] is args[0]:
             layer = self.site.layer(self, kinds.LAYERS[name_of(func)], func, args, kwargs)
-        chain = first[2] if layer is None and args and marked[0][0] is args[0] and self._next(first, func) else None
+        chain = first[2] if layer is None and args and marked[0][0] is args[0] and _next(first, func) else None
         if layer is not None and layer[0] is not None and layer[1] is None:
             stand_in = self._wait(layer[0], 0, func, args, kwargs)
             if stand_in is not None:
@@ -277,7 +278,7 @@ class Streams(TorchFunctionMode):
                 for t, o in zip(args, out if isinstance(out, tuple) else (out,), strict=False):
                     if (own := self.mark(t)) is not None:
                         chain = own[2]
-                        self.put(o, own[1], (chain[0], chain[1] + 1) if chain is not None and self._next(own, cls) else chain)
+                        self.put(o, own[1], (chain[0], chain[1] + 1) if chain is not None and _next(own, cls) else chain)
                 return out
             # torch.utils.checkpoint keeps, for its second run, activities with what stands beside them
             if not marked or cls.__module__ == "torch.utils.checkpoint":
@@ -342,11 +343,6 @@ class Streams(TorchFunctionMode):
         return func(t, *args[1:], **kwargs)
 
     # chains: a layer and what follows it up to its point
-
-    @staticmethod
-    def _next(mark: Mark, func: Any) -> bool:
-        chain = mark[2]
-        return chain is not None and chain[1] < len(chain[0].calls) and same(chain[0].calls[chain[1]], func)
 
     def _go_on(self, chain: Chain, ran: int, out: Tensor, d: Tensor | None, args: tuple[Any, ...]) -> Tensor:
         """Behind call number ``ran`` of a chain: its point, where it was the last."""
@@ -458,6 +454,12 @@ class Streams(TorchFunctionMode):
         self.replaced = []
 
 
+def _next(mark: Mark, func: Any) -> bool:
+    """Whether its chain goes on with func. No static method: Dynamo cannot guard one that it reads from an instance."""
+    chain = mark[2]
+    return chain is not None and chain[1] < len(chain[0].calls) and same(chain[0].calls[chain[1]], func)
+
+
 class _Modes(threading.local):
     """The modes of a thread that custom functions go through."""
 
@@ -488,6 +490,7 @@ def shown(mode: Any) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else Shown(mode)
 
 
+@skipped  # no more than torch's own, which it stands in for
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
     plain = super(_HOME, cls).apply
     if not _MODES.stack or cls.__module__.startswith("fbkernels."):

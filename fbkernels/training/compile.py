@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
 
 from fbkernels._compile import constant
 from fbkernels.untouched import untouched
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fbkernels.training.network import Network
 
 _NETWORKS: weakref.WeakValueDictionary[int, Network] = weakref.WeakValueDictionary()
+_KNOWN: dict[int, tuple[Any, bool]] = {}  # of a network, in which trace
 _keys = 0
 
 
@@ -54,9 +56,11 @@ def _made(description: Any) -> Any:
 
 @constant
 def known(key: int) -> bool:
-    """Whether the placement is there already: then sizes may stay open."""
-    network = _NETWORKS[key]
-    return network.placement is not None and not (network.stale or network.unplaced)
+    """Whether the placement was there when the trace began: then sizes may stay open. Dynamo may trace again, and expects the same way."""
+    network, trace = _NETWORKS[key], CompileContext.current_compile_id()
+    if _KNOWN.get(key, (None, False))[0] != trace:
+        _KNOWN[key] = trace, network.placement is not None and not (network.stale or network.unplaced)
+    return _KNOWN[key][1]
 
 
 @constant

@@ -16,7 +16,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
-from fbkernels._compile import constant
+from fbkernels._compile import constant, whole
 from fbkernels._tree import at, copied, differs, flatten, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, keeps, layer_of, names_of, place
@@ -82,6 +82,10 @@ class Network(Stateful):
         """The model's own forward, in training with both streams."""
         if not root.training or not torch.is_grad_enabled():  # what cannot learn is the plain model
             return self.plain(root, args, kwargs)
+        return self.perturbed(root, args, kwargs)
+
+    @whole
+    def perturbed(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = self.begin(root, args, kwargs)
         output = self.run(step, root, args, kwargs)
         if torch.compiler.is_compiling():
