@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import copy
 import functools
 import inspect
 import math
@@ -18,12 +16,11 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fbkernels._tree import differs
-from fbkernels.draws import Draws, drawn, drawn_again, generators_of, shared_generators, state_of
+from fbkernels.draws import Draws, drawn, drawn_again, shared_generators, state_of
+from fbkernels.held import Held
 from fbkernels.layout import Layout
 
 _WEIGHTED = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward, F.cross_entropy, F.nll_loss)  # whose mean counts weights and ignored targets
-_CONTAINERS = (list, dict, set, collections.deque)
-_INTERNAL = frozenset(vars(nn.Module()))
 
 
 class PerSample:
@@ -50,19 +47,18 @@ class PerSample:
         self.weighted = runs in _WEIGHTED
         self.plain = self.weighted or (of_torch and bare)  # its value is known to be what its losses come to
         self.stock = runs is nn.CrossEntropyLoss.forward or (runs is F.cross_entropy and bare)
-        self.changes: list[tuple[dict[str, Any], str, Any, bool]] = []  # by the last clean call
+        self.changes: list[Callable[[], object]] = []  # by the last clean call
         self.compared = 0
-        self.generators = [] if self.plain else generators_of(criterion)
+        self.held: Held | None = None  # by the criterion, at this step
+        self.began: list[Callable[[], object]] | None = None  # where the clean call found the generators
+        self.dtype: torch.dtype | None = None  # of outputs as they are
         self.draws: Draws | None = None  # of the last call, on outputs in their own dtype; None while it has drawn nothing
         self.steps = 0  # of which its graph was looked at, and has shown:
         self.coupled = False  # a sample's loss depends on the outputs of others
         self.others = False  # a gradient goes to more than the output: a target, weights of the loss
 
     def __getstate__(self) -> dict[str, Any]:  # no generator can be copied
-        return {k: v for k, v in self.__dict__.items() if k not in ("generators", "draws")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, generators=[] if state["plain"] else generators_of(state["criterion"]), draws=None)
+        return {**self.__dict__, "held": None, "began": None, "draws": None, "changes": []}
 
     @property
     def reduction(self) -> str:
@@ -94,6 +90,11 @@ class PerSample:
         scale = self.scale(logits, target if whole is None else whole, losses)
         return per if scale is None else per * scale
 
+    def look(self) -> Held:
+        """At what the criterion holds as a step begins."""
+        self.held = Held(self.criterion, self.plain)
+        return self.held
+
     def _run(self, output: Any, target: Any, reduction: str, clean: bool = False) -> Tensor:
         dtype: torch.dtype = next(t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
         if torch.compiler.is_compiling() and self.module:
@@ -111,14 +112,14 @@ class PerSample:
     def _eager(self, output: Any, target: Any, reduction: str, clean: bool, dtype: torch.dtype) -> Tensor:
         exact = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
         output, target = tree_map_only(Tensor, exact, (output, target))
-        keywords = {k: exact(v) for k, v in self.keywords.items() if isinstance(v, Tensor)}
-        if self.default is not None:
-            keywords["reduction"] = reduction
+        more = {} if self.default is None else {"reduction": reduction}
+        keywords = lambda: {k: exact(v) for k, v in self.keywords.items() if isinstance(v, Tensor)} | more  # noqa: E731
         if torch.compiler.is_compiling():
-            return self.criterion(output, target, **keywords)  # type: ignore[no-any-return]
+            return self.criterion(output, target, **keywords())  # type: ignore[no-any-return]
         drawing = contextlib.nullcontext() if self.draws is None else Draws(self.draws)
-        with _lent(self.function, dtype, reduction) as changes, drawing:
-            losses: Tensor = self.criterion(output, target, **keywords)
+        held = self.held or self.look()
+        with held.lent(dtype, self.dtype) as changes, _reduced(self.function, reduction), drawing:
+            losses: Tensor = self.criterion(output, target, **keywords())
         if clean:
             self.changes = changes
         return losses
@@ -140,17 +141,9 @@ class PerSample:
 
     def advance(self) -> None:
         """Make the criterion what the step's clean call has made of it."""
-        changes, self.changes = self.changes, []
-        for place, name, new, lent in changes:
-            old: Any = place.get(name)
-            if not lent:
-                both = isinstance(old, Tensor) and isinstance(new, Tensor) and new.is_floating_point()
-                place[name] = new.to(old.dtype) if both else new
-            elif isinstance(old, Tensor):
-                old.copy_(new)
-            else:
-                old.clear()
-                (old.update if isinstance(old, (dict, set)) else old.extend)(new)
+        for change in self.changes:
+            change()
+        self.changes, self.held, self.began = [], None, None
 
     def compare(self, output: Any, target: Any, losses: Tensor) -> None:
         """Refuse a criterion whose own value is another than what its per-sample losses come to: their gradient would be another, too."""
@@ -159,9 +152,11 @@ class PerSample:
         self.compared += 1
         if losses.is_cuda and self.compared & (self.compared - 1):  # to look synchronises: at steps 1, 2, 4, 8, ...
             return
+        values = []
         for again in (False, True):
             with self.drawn_again():
                 own = float(self._run(output, target, self.reduction))
+            values.append(own)
             if again:  # a random criterion has drawn other numbers
                 with self.drawn_again():
                     losses = self(output, target, samples=len(losses))
@@ -169,14 +164,22 @@ class PerSample:
             if not math.isfinite(own) or abs(own - ours) <= 1e-4 * float(self.reduce(losses.abs())) or not math.isfinite(ours):
                 return
         name = type(self.criterion).__name__ if self.module else getattr(self.function, "__name__", self.criterion)
+        if values[0] != values[1]:
+            raise ValueError(
+                f"criterion {name} has a {self.reduction} of {values[0]:.6g}, and of the same outputs then one of {values[1]:.6g}: it "
+                "draws random numbers from a generator, or keeps state, that is out of reach: hold that as an attribute of the criterion"
+            )
         raise ValueError(
             f"criterion {name} has a {self.reduction} of {own:.6g}, and its per-sample losses "
             f"have {ours:.6g}: give it reduction='none', or pass a function that returns a loss for each sample, and average them yourself"
         )
 
+    def generators(self) -> list[Any]:
+        return [*shared_generators(), *(self.held or self.look()).generators]
+
     def states(self) -> list[Callable[[], object]]:
         """Of the generators that it may draw from."""
-        return [state for g in (*shared_generators(), *self.generators) if (state := drawn(g)) is not None]
+        return [state for g in self.generators() if (state := drawn(g)) is not None]
 
     def drew(self, before: list[Callable[[], object]]) -> bool:
         """Whether it has drawn since."""
@@ -185,14 +188,14 @@ class PerSample:
     def rehearse(self, output: Any, target: Any) -> list[Callable[[], object]]:
         """See what it draws of outputs in their own dtype, and where that leaves the generators; they are put back."""
         plain = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(differs(t)).view_as(t), output)
-        with torch.enable_grad(), self.drawn_again(), _lent(self.function, None, self.reduction), Draws() as draws:
+        with torch.enable_grad(), self.drawn_again(), (self.held or self.look()).lent(None), Draws() as draws:
             self.criterion(plain, target)
             self.draws = draws
             return self.states()
 
     def drawn_again(self, states: Iterable[Callable[[], object]] = ()) -> contextlib.AbstractContextManager[None]:
         """Its generators draw from those states on, and are then what they were."""
-        return drawn_again(states, (*shared_generators(), *self.generators))
+        return drawn_again(states, self.generators())
 
     def scale(self, logits: Tensor, target: Any, losses: Tensor) -> Any:
         """What makes a mean of per-sample losses the criterion's, where class weights and ignored targets count; None for 1."""
@@ -217,43 +220,17 @@ class PerSample:
 
 
 @contextlib.contextmanager
-def _lent(criterion: Any, dtype: torch.dtype | None, reduction: str) -> Iterator[list[tuple[dict[str, Any], str, Any, bool]]]:
-    """While it lasts, the criterion has this reduction, and copies of its tensors, in this dtype if one is given, and of its lists and
-    dicts. Then it is what it was before, and the list says what calls have changed: where, by which name, to what, and whether that is a
-    copy lent to it."""
-    if isinstance(criterion, nn.Module):
-        modules = (m for m in criterion.modules() if not isinstance(m, torch.jit.ScriptModule))  # whose attributes are out of reach
-        places = [place for m in modules for place in (m.__dict__, m._parameters, m._buffers)]
-    else:
-        places = [place] if isinstance(place := getattr(criterion, "__dict__", None), dict) else []
-    before = [_state(place) for place in places]
-    copies: dict[int, Any] = {}
-    for v in (v for own in before for v in own.values()):
-        if isinstance(v, _CONTAINERS):
-            copies[id(v)] = copy.copy(v)
-        elif isinstance(v, Tensor) and id(v) not in copies:
-            copies[id(v)] = v.detach().to(dtype if dtype is not None and v.is_floating_point() else v.dtype, copy=True)
-    changes: list[tuple[dict[str, Any], str, Any, bool]] = []
-    lent = before
+def _reduced(criterion: Any, reduction: str) -> Iterator[None]:
+    """While it lasts, a module has this reduction."""
+    own = getattr(criterion, "reduction", None) if isinstance(criterion, nn.Module) else None
+    if own is None:
+        yield
+        return
+    criterion.reduction = reduction
     try:
-        for place, own in zip(places, before, strict=True):
-            place.update({k: copies[id(v)] for k, v in own.items() if id(v) in copies})
-        if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
-            criterion.reduction = reduction  # type: ignore[assignment]
-        lent = [_state(place) for place in places]
-        yield changes
+        yield
     finally:
-        for place, own, given in zip(places, before, lent, strict=True):
-            for name, v in _state(place).items():
-                kept = v is given.get(name, changes)
-                if not kept or (id(own.get(name)) in copies and (not isinstance(v, Tensor) or v._version)):
-                    changes.append((place, name, v, kept))
-                del place[name]
-            place.update(own)
-
-
-def _state(place: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in place.items() if k not in _INTERNAL}
+        criterion.reduction = own
 
 
 @dataclass(frozen=True)
@@ -323,6 +300,7 @@ def error(
 
         e, losses = torch.func.grad(total, argnums=tuple(range(len(at))), has_aux=True)(*(leaves[i] for i in at))
         return losses, tuple(e), None
+    per_sample.dtype = next(t.dtype for t in tree_leaves(output) if isinstance(t, Tensor) and differs(t))
     with torch.enable_grad():
         z = [leaves[i].detach().requires_grad_() for i in at]
         for i, t in zip(at, z, strict=True):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import marshal
 import random
 import sys
-import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -37,8 +34,9 @@ def drawn(x: Any) -> Callable[[], object] | None:
         return None
     if isinstance(x, numpy.random.RandomState):
         return partial(x.set_state, x.get_state(legacy=False))
-    if isinstance(x, numpy.random.Generator):
-        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
+    bits = x.bit_generator if isinstance(x, numpy.random.Generator) else x
+    if isinstance(bits, numpy.random.BitGenerator):
+        return partial(setattr, bits, "state", bits.state)
     return None
 
 
@@ -62,30 +60,6 @@ def state_of(again: Any) -> Any:
     if isinstance(value, Tensor):
         return value.numpy().tobytes()
     return value if isinstance(value, tuple) else marshal.dumps(value)  # which is never read
-
-
-def generators_of(criterion: Any) -> list[Any]:
-    """Generators that a criterion has: as attributes, as arguments, from around it, by a global name; and those that its functions have."""
-    held, seen, found = [criterion], set[int](), []
-    for x in held:  # which grows
-        if id(x) in seen:
-            continue
-        seen.add(id(x))
-        if drawn(x) is not None:
-            found.append(x)
-        if str(getattr(x, "__module__", "")).startswith("torch."):
-            continue
-        if isinstance(x, functools.partial):
-            held += [x.func, *x.args, *x.keywords.values()]
-        elif isinstance(x, types.MethodType):
-            held += [x.__func__, *getattr(x.__self__, "__dict__", {}).values()]
-        elif isinstance(x, types.FunctionType):
-            with contextlib.suppress(ValueError):  # a variable that has no value yet
-                around = inspect.getclosurevars(x)
-                held += [*around.nonlocals.values(), *around.globals.values()]
-        elif x is criterion or isinstance(x, nn.Module):
-            held += [getattr(x, "forward", x.__call__), *getattr(x, "__dict__", {}).values(), *getattr(x, "_modules", {}).values()]
-    return found
 
 
 class Draws(TorchDispatchMode):

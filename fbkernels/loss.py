@@ -331,7 +331,10 @@ def signals(
             y, moved, target, step.antithetic and moves, scale=per_sample.scale(y, target, y), backend=backend
         )
         return losses, (e,), dL, dy, ok
+    if not torch.compiler.is_compiling():
+        per_sample.look()
     states = None if per_sample.plain or torch.compiler.is_compiling() or capturing(y) else per_sample.states()
+    per_sample.began = states
     losses, e, step.weighted = clean(step, per_sample, output, target, layouts, states)
     with torch.no_grad():
         sides = [layout.units_of(t, step.samples)[:n] for layout, t in zip(layouts, e, strict=True)]

@@ -160,9 +160,12 @@ def authors_folded_angle(net: nn.Module, criterion: Callable[..., Tensor], x: Te
 def true_gradients(net: nn.Module, step: Step, per_sample: PerSample, target: Any) -> dict[str, Tensor]:
     """Backprop's dL/dh_l of a training forward, by point, batch first: the target of supervised rules."""
     args, kwargs = step.inputs
+    changes = per_sample.changes
     with _copy(net) as probe:
         network_of(probe).processes = network_of(net).processes  # for SyncBatchNorm
-        return _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
+        found = _gradients(probe, per_sample, args, kwargs, target, exact=True)[0]
+    per_sample.changes = changes  # the step's own, of the outputs as they are
+    return found
 
 
 @contextlib.contextmanager
@@ -186,7 +189,8 @@ def _gradients(
     network.probe = "exact" if exact else "learned"
     double = lambda v: v.double() if v.is_floating_point() else v  # noqa: E731
     probe.zero_grad()
-    with torch.random.fork_rng([network.step.device] if network.step.device.type == "cuda" else []):  # both passes draw the same masks
+    devices = [network.step.device] if network.step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), per_sample.drawn_again():  # both passes draw the same masks
         output = probe(*tree_map_only(Tensor, double, args), **tree_map_only(Tensor, double, kwargs))
     step = network.current
     assert step is not None
@@ -195,11 +199,16 @@ def _gradients(
         h.retain_grad()
     into = [t for t in (*activities.values(), *probe.parameters()) if t.requires_grad]  # a target and weights of the loss are the user's
     chosen = list(range(len(step.outputs)))
+    began = per_sample.began or ()  # where the step's own call found the generators
     if exact:
-        _, e, _ = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
-        per_sample(output, target, samples=step.samples).sum().backward(inputs=into)
+        with per_sample.drawn_again(began):
+            _, e, _ = error(per_sample, tree_map_only(Tensor, Tensor.detach, output), target, step.samples)
+        with per_sample.drawn_again(began):
+            losses = per_sample(output, target, samples=step.samples)
+        losses.sum().backward(inputs=into)
     else:
-        losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
+        with per_sample.drawn_again():
+            losses, e, dL, dy, ok = signals(step, per_sample, output, chosen, target)
         attach(step, network.measure(step, _flat(step, e), dL, dy, ok, torch.float64), losses, e, chosen).sum().backward(inputs=into)
     hidden = {name: h.grad for name, h in activities.items() if h.grad is not None}
     weights = {}

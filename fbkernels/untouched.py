@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fbkernels.draws import drawn, shared_generators
+from fbkernels.held import fill
 from fbkernels.stream.chain import outside
 
 _DEPTH = 2  # plain objects in one another: a trainer that a module knows leads to the data
@@ -70,12 +71,12 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
         if isinstance(x, tuple):
             values += x
         elif isinstance(x, (list, collections.deque, set)):
-            undo.append(partial(_refill, x, [*x]))
+            undo.append(partial(fill, x, [*x]))
             values += x
             if isinstance(x, list):
                 undo += _spare(x, [*enumerate(x)])
         elif isinstance(x, dict):
-            undo.append(partial(_reset, x, dict(x)))
+            undo.append(partial(fill, x, dict(x)))
             values += x.values()
             undo += _spare(x, [*x.items()])
         attributes = getattr(x, "__dict__", None)
@@ -93,7 +94,7 @@ def _undo(*roots: Any) -> list[Callable[[], object]]:
             depth -= 1
         seen[id(x)] = x
         if attributes is not None and attributes is not x:
-            undo.append(partial(_reset, attributes, dict(attributes)))
+            undo.append(partial(fill, attributes, dict(attributes)))
             values += (v for k, v in attributes.items() if k not in _WALKED_ALONE)
             undo += _spare(attributes, [*attributes.items()])
         for k in slots:
@@ -133,20 +134,6 @@ def _tensor(t: Tensor) -> list[Callable[[], None]]:
 def _array(x: Any) -> Callable[[], object] | None:
     numpy: Any = sys.modules.get("numpy")
     return partial(numpy.copyto, x, x.copy()) if numpy and isinstance(x, numpy.ndarray) and x.flags.writeable else None
-
-
-def _refill(x: Any, values: list[Any]) -> None:
-    if len(x) != len(values) or any(a is not b for a, b in zip(x, values, strict=True)):
-        x.clear()
-        (x.update if isinstance(x, set) else x.extend)(values)
-
-
-def _reset(x: dict[Any, Any], values: dict[Any, Any]) -> None:
-    same = len(x) == len(values) and all(a is b and v is w for (a, v), (b, w) in zip(x.items(), values.items(), strict=True))
-    if not same:
-        x.clear()
-        for k, v in values.items():
-            x[k] = v
 
 
 def _spare(x: Any, items: list[tuple[Any, Any]]) -> list[Callable[[], object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -118,13 +119,19 @@ def test_a_step_of_direct_feedback(name: str) -> None:
     assert len(activities) == HIDDEN[name]
     assert [p.index for p in points.values()] == list(range(HIDDEN[name]))
 
-    measured: list[Tensor] = []
-    criterion = fb.PerturbedLoss(lambda out, y: measured.append(F.cross_entropy(out, y, reduction="none")) or measured[-1], net)
+    measured: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # a list would forget all but the clean call's
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(out, y, reduction="none")
+        measured.put(losses.detach())
+        return losses
+
     run(net, x)
     out = net.feedback.current.outputs[0]
-    loss = criterion(out, Y).mean()
+    loss = fb.PerturbedLoss(criterion, net)(out, Y).mean()
+    clean, perturbed = measured.get(), measured.get()
     # the second order is sigma times curvatures of order 1 to 100, and kinks of relu within sigma
-    torch.testing.assert_close((measured[1] - measured[0]).detach(), effect, rtol=0, atol=1e-3 * float(effect.abs().max()))
+    torch.testing.assert_close(perturbed - clean, effect, rtol=0, atol=1e-3 * float(effect.abs().max()))
 
     before = [p.state["B"].clone() for p in fb.points(net).values()]
     loss.backward()
@@ -177,12 +184,13 @@ def test_a_point_behind_each_block(name: str) -> None:
     """Both streams, and each block's gradients, which are backprop's within the block."""
     model, x, std = build(name), X.double(), 0.1
     names = named(model, BLOCKS[name])
-    net, seen = fb.convert(copy.deepcopy(model), rule=fb.LMS(0.1), noise_std=std, seed=5, points=names), []
-    criterion = fb.PerturbedLoss(lambda out, y: seen.append(out) or F.cross_entropy(out, y, reduction="none"), net)
+    net = fb.convert(copy.deepcopy(model), rule=fb.LMS(0.1), noise_std=std, seed=5, points=names)
+    seen: queue.SimpleQueue[Tensor] = queue.SimpleQueue()  # a list would forget all but the clean call's
+    criterion = fb.PerturbedLoss(lambda out, y: seen.put(out) or F.cross_entropy(out, y, reduction="none"), net)
     loss = criterion(run(net, x), Y).mean()
     logits, perturbed, activities = by_hand(model, names, x, std)
-    torch.testing.assert_close(seen[0], logits, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(seen[1], perturbed, rtol=2e-12, atol=2e-12)  # h + d is rounded as well as h
+    torch.testing.assert_close(seen.get(), logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen.get(), perturbed, rtol=2e-12, atol=2e-12)  # h + d is rounded as well as h
     e = (logits.softmax(1) - F.one_hot(Y, CLASSES)).detach() / 4
     by_layer = F.cross_entropy(logits, Y)
     for h, point in zip(activities, fb.points(net).values(), strict=True):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import random
+import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -210,6 +213,152 @@ def test_a_criterion_that_changes_changes_once_a_step(feedback: str, rule: fb.Ru
     for (name, t), (_, want) in zip(own.state_dict().items(), plain.state_dict().items(), strict=True):
         assert t.dtype == want.dtype, name
         torch.testing.assert_close(t, want)
+
+
+class Counter:
+    """What a trainer of one's own keeps: numbers, tensors, containers in one another, generators."""
+
+    def __init__(self) -> None:
+        self.calls, self.center, self.seen = 0, torch.zeros(K), [{"last": torch.zeros(K)}]
+        self.rng, self.numpy, self.torch = random.Random(3), np.random.default_rng(3), torch.Generator().manual_seed(3)
+        self.array = np.zeros(2)
+
+    def __call__(self, out: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        self.array += 1
+        self.center.mul_(0.9).add_(out.detach().mean(0))
+        self.seen[0]["last"] = self.center + self.calls
+        drawn = self.rng.random() + self.numpy.random() + torch.rand((), generator=self.torch)
+        return F.cross_entropy(out - self.center, y, reduction="none") * (drawn + 0.01 * self.calls + self.array[0])
+
+    def kept(self) -> list[Any]:
+        states = self.rng.getstate()[1], self.numpy.bit_generator.state["state"]["state"], self.torch.get_state()
+        return [self.calls, self.center, self.seen[0]["last"], self.array.tolist(), *states]
+
+
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, inner: Counter) -> None:
+        self.inner = inner
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        return self.inner(out, y)
+
+
+class Holding(nn.Module):
+    def __init__(self, inner: Counter) -> None:
+        super().__init__()
+        self.parts = [{"part": inner}]
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        return self.parts[0]["part"](out, y)
+
+
+HELD = Counter()
+
+
+def by_name(out: Tensor, y: Tensor) -> Tensor:
+    return HELD(out, y)
+
+
+def through_a_default(out: Tensor, y: Tensor, inner: Any = None) -> Tensor:
+    return inner(out, y)
+
+
+def closure(inner: Counter) -> Any:
+    calls, center = 0, torch.zeros(K)
+
+    def criterion(out: Tensor, y: Tensor) -> Tensor:
+        nonlocal calls, center
+        calls += 1
+        center = center + out.detach().mean(0)
+        return inner(out - center, y) + calls
+
+    return criterion
+
+
+def defaulted(inner: Counter) -> Any:
+    function = types.FunctionType(through_a_default.__code__, globals(), "defaulted", (inner,))
+    function.__module__ = __name__
+    return function
+
+
+def named(inner: Counter) -> Any:
+    globals()["HELD"] = inner
+    return by_name
+
+
+HOLDERS = [
+    lambda inner: Slotted(inner).loss,
+    Holding,
+    named,
+    closure,
+    defaulted,
+    lambda inner: functools.partial(lambda inner, out, y: inner(out, y), inner),
+]
+
+
+@pytest.mark.parametrize("holder", HOLDERS, ids=["slots", "a list of dicts", "a global", "a closure", "a default", "a partial"])
+@pytest.mark.parametrize(
+    ("feedback", "rule"), [("direct", fb.Joint()), ("direct", fb.SyntheticGradient(0.1)), ("layerwise", fb.LMS(0.1))], ids=repr
+)
+def test_what_a_criterion_reaches_changes_and_draws_once_a_step(feedback: str, rule: fb.Rule, holder: Any) -> None:
+    inner, own = Counter(), Counter()
+    plain, x = holder(inner), X.double()
+    expected = [plain(mlp().double()(x), Y) for _ in range(3)]
+    net = fb.convert(mlp().double(), feedback=feedback, rule=rule, noise_std=1e-6)
+    ours = fb.PerturbedLoss(holder(own), net)
+    for want in expected:
+        losses = ours(net(x), Y)
+        torch.testing.assert_close(losses, want)
+        losses.mean().backward()
+        if feedback == "direct" and rule.perturbs:
+            assert net.feedback.points["0"].pending.loss_change.abs().max() < 1e-4
+    torch.testing.assert_close(own.kept(), inner.kept())
+
+
+class Bank:
+    def __init__(self, size: int) -> None:
+        self.bank = torch.zeros(size)
+
+    def loss(self, out: Tensor, y: Tensor) -> Tensor:
+        self.bank.add_(1)
+        return F.cross_entropy(out, y, reduction="none")
+
+
+def test_what_is_too_large_to_be_copied_each_step_may_not_be_written() -> None:
+    net = fb.convert(mlp())
+    small, large = Bank(10), Bank(2_000_000)
+    fb.PerturbedLoss(small.loss, net)(net(X), Y)
+    assert torch.equal(small.bank, torch.ones(10))
+    with pytest.raises(ValueError, match=r"criterion writes into Bank.bank, of 2000000 elements.*: hold it as a buffer of a criterion"):
+        fb.PerturbedLoss(large.loss, net)(net(X), Y)
+
+
+class Unreachable(nn.Module):
+    reduction = "mean"
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(out, y, reduction="none") * (1 + random.SystemRandom().random())
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+def test_numbers_that_nobody_can_draw_again_are_told() -> None:
+    net = fb.convert(mlp())
+    with pytest.raises(ValueError, match=r"criterion Unreachable has a mean of .* of the same outputs .* draws random numbers"):
+        fb.PerturbedLoss(Unreachable(), net)(net(X), Y)
+
+
+def test_a_batch_norm_in_a_criterion_moves_on_once_a_step() -> None:
+    """torch's kernel writes into its statistics and leaves their version as it was."""
+    norm, own = nn.BatchNorm1d(K, affine=False), nn.BatchNorm1d(K, affine=False)
+    loss = lambda norm: lambda out, y: F.cross_entropy(norm(out), y, reduction="none")  # noqa: E731
+    net = fb.convert(mlp())
+    ours, plain = fb.PerturbedLoss(loss(own), net), loss(norm)
+    for _ in range(2):
+        torch.testing.assert_close(ours(net(X), Y), plain(mlp()(X), Y))
+    torch.testing.assert_close(dict(own.named_buffers()), dict(norm.named_buffers()))
 
 
 def test_a_criterion_that_fails_is_what_it_was() -> None:
