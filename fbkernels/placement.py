@@ -51,6 +51,7 @@ class Placement:
     reach: dict[str, tuple[int, ...]] = field(default_factory=dict)  # direct: the outputs that depend on a point
     settled: bool = False  # more than one sample has shown the rows
     checkpoints: bool = False  # torch.utils.checkpoint runs parts of the model
+    views: bool = False  # the model reads what it has written through a view
     products: int = 0  # of numbers by layers' weights, in the forward of one sample
     asked: bool = False  # direct: whether the model asks if an activity right behind a point requires a gradient
     answering: int = 0  # layerwise: numbers in the weights of the layers that read a point
@@ -110,6 +111,8 @@ class Recorder(TorchFunctionMode):
         self.nodes: dict[Any, int] = {}  # autograd's, of the values; 0 of what is none though made from them: a buffer, a random mask
         self.differentiated: list[int] = []  # values of which the model takes gradients itself
         self.asked: set[int | None] = set()  # values of which the model wants to know whether they require a gradient
+        self.points: set[int] = set()  # values right behind those that the model names itself
+        self.wholes: list[int] = []  # values of tensors that were written through a view
         self.products = 0
         self.sizes: dict[str, int] = {}  # of layers' weights
         self.inputs = [self.value(t) for t in inputs]
@@ -182,6 +185,7 @@ class Recorder(TorchFunctionMode):
         known = self.known(h)
         if known is not None:
             self.calls.append(Call(None, [known], [self.value(out)], point=name))
+            self.points.add(self.count)
         return out
 
     def custom(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> Any:
@@ -238,6 +242,11 @@ class Recorder(TorchFunctionMode):
         if silent and written:
             ins = [v for t in tensors[:1] if (v := self.known(t)) is not None]
         buffer = written and bool(tensors) and self.known(tensors[0]) is None and self.lives(tensors[0])
+        whole = tensors[0]._base if written and tensors and ins and not buffer else None  # that a view writes into
+        if whole is not None and (self.lives(whole) or self.known(tensors[0]) in self.points):
+            whole = None
+        if (v := self.known(whole)) is not None and v not in ins:
+            ins.append(v)
         out = func(*args, **kwargs)
         if kind == "look":
             self.calls.append(Call(func, ins, []))
@@ -252,7 +261,8 @@ class Recorder(TorchFunctionMode):
             call.own = next((self.parameter(t) for t in own), "")
         results = [args[0]] if name == "__setitem__" else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if ins and not buffer:
-            call.outs = [self.value(t) for t in results]
+            call.outs = [self.value(t) for t in (*results, *([] if whole is None else [whole]))]
+            self.wholes += call.outs[len(results) :]
         elif buffer or kind == "made":
             self.nodes |= {t.grad_fn: 0 for t in results if t.grad_fn is not None}
         if not ins:
@@ -340,6 +350,8 @@ def place(
     times has one B for all of them; else, and in direct, a point, and a B, for each."""
     graph = _Graph(recorder, outputs)
     placement = Placement(random=frozenset(c.func for c in recorder.calls if c.random), checkpoints=recorder.checkpoints)
+    reading = (c for c in recorder.calls if not graph.live.isdisjoint(c.outs) and name_of(c.func) != "__setitem__")
+    placement.views = any(v in recorder.wholes for c in reading for v in c.ins)
     ends: dict[int, tuple[int, Chain]] = {}  # by the value behind a point: when it runs
     for i, c in enumerate(recorder.calls):
         if c.layer is None:

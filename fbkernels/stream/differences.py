@@ -260,9 +260,9 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs, key: Any = Non
             p = site.rows(h, d)
         else:
             p = site.sides(h, d)[sign] if whole and d is not None else mode.moved(h, d)
-        if p is t or not (torch.compiler.is_compiling() or t.layout != torch.strided or p.data_ptr() != t.data_ptr()):
-            kept = t is target or id(t) in mode.buffers
-            p = p.clone() if kept else p
+        if t is target or id(t) in mode.buffers:  # which the noisy side must not write
+            strided = t.layout == torch.strided
+            p = p.clone() if p is t or torch.compiler.is_compiling() or (strided and p.data_ptr() == t.data_ptr()) else p
         return p
 
     alone: dict[int, Tensor] = {}  # attention asks whether query and key are one
@@ -337,15 +337,22 @@ def _through(mode: Streams, view: Tensor, d: Tensor) -> Tensor:
     old = mode.d(view)
     if old is not None and old.shape == d.shape and _is_view(old):
         return old.copy_(d)
-    base = view._base
-    if base is None or mode.site.partial() or torch.compiler.is_compiling():
+    base, part = view._base, mode.site.partial()
+    if base is None:
         return d
-    whole = mode.d(base)
+    whole, offset = mode.d(base), view.storage_offset() - base.storage_offset()
+    if part and not (base.is_contiguous() and len(view) == len(base) and view.stride(0) == base.stride(0) and offset < base.stride(0)):
+        if whole is not None:
+            return d
+        raise ValueError(
+            f"fraction and antithetic cannot follow what is written into a view of shape {tuple(view.shape)} of another of shape "
+            f"{tuple(base.shape)}, where not each row is a sample's: use fraction=1 and antithetic=False, or torch.cat"
+        )
     if whole is None or whole.stride() != base.stride():
-        fresh = torch.zeros_like(base, requires_grad=False)
+        fresh = d.new_zeros(len(d), *base.shape[1:]) if part else torch.zeros_like(base, requires_grad=False)
         whole = fresh if whole is None else fresh.copy_(whole)
         mode.put(base, whole)
-    return whole.as_strided(view.shape, view.stride(), view.storage_offset() - base.storage_offset() + whole.storage_offset()).copy_(d)
+    return whole.as_strided(d.shape, view.stride(), offset + whole.storage_offset()).copy_(d)
 
 
 @contextlib.contextmanager

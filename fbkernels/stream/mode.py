@@ -205,6 +205,8 @@ class Streams(TorchFunctionMode):
             if self.site.constant:
                 args, kwargs = _map(args, self._constant), _map(kwargs, self._constant)
             out, d = self._both(kind, func, args, kwargs, marked)
+        if torch.compiler.is_compiling() and isinstance(out, Tensor) and in_place(name_of(func), args, kwargs):
+            out = args[0]  # which in a trace is another than what an in-place call gives
         if self.sources and isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
             self._follow(func, out, args, kwargs)
         if layer is not None and layer[0] is not None:
@@ -252,8 +254,11 @@ class Streams(TorchFunctionMode):
     def _tag(self, func: Any, out: Any, d: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(out, Tensor):
             if d is not None or out.is_floating_point() or out.is_complex():
-                if not (args and out is args[0] and self.belongs(args[0])):
+                written = bool(args) and out is args[0]
+                if not (written and self.belongs(out)):
                     self.put(out, d)
+                    if written:
+                        self._whole(out)
         elif isinstance(out, (list, tuple)):
             for o, e in zip(out, d if isinstance(d, (list, tuple)) else [None] * len(out), strict=True):
                 if isinstance(o, Tensor) and (e is not None or o.is_floating_point()):  # what sort chooses is the noisy stream's own
@@ -262,7 +267,14 @@ class Streams(TorchFunctionMode):
                     self._tag(func, o, e, ())
         elif out is None and name_of(func) == "__setitem__" and (d is not None or not self.belongs(args[0])):
             self.put(args[0], d)
+            self._whole(args[0])
         return out
+
+    def _whole(self, view: Tensor) -> None:
+        """A view was written: what it is a view of depends on the network's input too."""
+        base = None if torch.compiler.is_compiling() or not view._is_view() else view._base
+        if base is not None and self.mark(base) is None:
+            self.put(base, None)
 
     def custom(self, cls: Any, plain: Any, args: Any, kwargs: Any) -> Any:
         """A custom autograd.Function: J d as its backward says, or f(h + d) - f(h) as of any function."""

@@ -177,6 +177,11 @@ class Network(Stateful):
                 raise RuntimeError(
                     "the second run of torch.utils.checkpoint cannot be traced: leave torch.utils.checkpoint out of a compiled step"
                 )
+            if placement.views:
+                raise RuntimeError(
+                    "the model reads what it has written through a view, h[:, :3].mul_(2) say, which a trace does not follow: "
+                    "leave torch.compile out, or write h[:, :3] *= 2"
+                )
         elif placement is None or self.stale or self.unplaced or (samples > 1 and not placement.settled):
             placement = self.placement = self.find(root, args, kwargs)
             self.stale = False

@@ -56,6 +56,16 @@ def filled_by_columns(net: Net, x: Tensor) -> Tensor:
     return net.o(torch.tanh(net.b(z.T) + net.c(h)))
 
 
+def filled_by_views(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    z = h.new_zeros(len(x), 32)
+    z[:, :16].copy_(h)
+    z.narrow(1, 16, 16).add_(h).mul_(2.0)
+    for i in range(len(h)):
+        z[i][:8].add_(h[i, 8:])
+    return net.o(torch.tanh(net.b(z[:, :16]) + net.c(z[:, 16:])))
+
+
 def features(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     h = torch.tanh(net.b(torch.tanh(net.a(x))))
     return net.o(h), h
@@ -71,7 +81,7 @@ def two_heads(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
     return net.o(torch.tanh(net.b(h))), torch.tanh(net.c(h))
 
 
-MODELS = [filled, filled_by_columns, features, detached, two_heads]
+MODELS = [filled, filled_by_columns, filled_by_views, features, detached, two_heads]
 
 
 def logits(out: Any) -> Tensor:
@@ -1358,3 +1368,65 @@ def test_a_hook_on_the_output_is_told() -> None:
     out.register_hook(lambda g: 2 * g)
     with pytest.warns(UserWarning, match="a part of the output's gradient is from outside of PerturbedLoss, from another term or a hook"):
         fb.PerturbedLoss(nn.CrossEntropyLoss(), net)(out, Y).backward()
+
+
+def in_place(net: Net, x: Tensor) -> Tensor:
+    """Results that nobody takes: what was written is read."""
+    h = torch.tanh(net.a(x)).clone()
+    h.mul_(2.0)
+    h.masked_fill_(h > 1, 0.5)
+    h[:, :3] *= 2
+    h[:, 0] = 0
+    h.div_(h.detach().norm(dim=1, keepdim=True) + 1)
+    z = x.new_zeros(len(x), 16)
+    z[:] = h
+    z.add_(h)
+    z.relu_()
+    return net.o(torch.tanh(net.b(z)))
+
+
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.WeightMirror())], ids=repr)
+def test_what_is_written_in_place_in_a_trace(feedback: str, rule: fb.Rule) -> None:
+    """Dynamo's result of an in-place call is another than its argument, whose difference was the old one; and z[:] = h wrote the noise."""
+    found = []
+    for compiled in (False, True):
+        net = fb.convert(made(in_place), feedback=feedback, rule=rule, noise_std=0.1)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+        loss = criterion(run(X), Y)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None), *(p.B for p in fb.points(net).values())])
+    torch.testing.assert_close(*found)
+
+
+def by_columns(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    z = h.new_zeros(len(x), 32)
+    z[:, :16].copy_(h)
+    z.narrow(1, 16, 16).add_(h).mul_(2.0)
+    return net.o(torch.tanh(net.b(z[:, :16]) + net.c(z[:, 16:])))
+
+
+@pytest.mark.parametrize("how", [{}, {"fraction": 0.5}, {"antithetic": True}, {"fraction": 0.5, "antithetic": True}], ids=repr)
+def test_the_difference_of_what_is_written_through_views(how: dict[str, Any]) -> None:
+    """That of a second pass with the noise that the engine draws."""
+    net = fb.convert(made(by_columns), rule=fb.Joint(), noise_std=0.1, seed=5, **how)
+    net(X)
+    xi = [fb.functional.noise(5, 0, i, 6, units, 0.1).double() for i, units in enumerate((16, 12, 12))]
+    plain, rows = made(by_columns), 3 if "fraction" in how else 6
+
+    def noisy(sign: float) -> Tensor:
+        h = torch.tanh(plain.a(X)) + sign * xi[0]
+        return plain.o(torch.tanh(plain.b(h) + sign * xi[1] + plain.c(2 * h) + sign * xi[2]))
+
+    want = [(noisy(sign) - noisy(0.0))[:rows] for sign in ((1.0, -1.0) if "antithetic" in how else (1.0,))]
+    torch.testing.assert_close(net.feedback.current.changes[0], torch.cat(want).detach(), rtol=0, atol=1e-6)  # noise is of float32
+
+
+def test_what_is_written_through_views_is_refused_where_it_cannot_be_followed() -> None:
+    net = fb.convert(made(filled_by_views), rule=fb.Joint(), fraction=0.5)
+    with pytest.raises(ValueError, match="use fraction=1 and antithetic=False"):
+        net(X)
+    net = fb.convert(made(by_columns), rule=fb.Joint())
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="reads what it has written through a view"):
+        torch.compile(net, backend="eager", fullgraph=True)(X)
