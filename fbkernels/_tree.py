@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import (
+    GetAttrKey,
+    register_pytree_node,
+    tree_flatten,
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 
 # where a tensor is among a forward's arguments: the parameter that takes it, by position and by name, and the way to it from there
 Where = tuple[int, str, tuple[Any, ...]]
@@ -24,6 +34,31 @@ def tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 def copied(tree: Any) -> Any:
     """With tensors and containers of its own, which a forward may write and no graph outlives."""
     return tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), tree)
+
+
+def known_to_torch(tree: Any) -> None:
+    """torch's pytrees take a dataclass for one leaf until it is registered, as libraries do with theirs."""
+    for leaf in tree_leaves(tree):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            cls, names = type(leaf), [f.name for f in dataclasses.fields(leaf)]
+            flat, keyed = functools.partial(_parts, names), functools.partial(_keyed, names)
+            register_pytree_node(cls, flat, functools.partial(_whole, cls, names), flatten_with_keys_fn=keyed)
+            known_to_torch(flat(leaf)[0])
+
+
+def _parts(names: list[str], x: Any) -> tuple[list[Any], None]:
+    return [getattr(x, k) for k in names], None
+
+
+def _keyed(names: list[str], x: Any) -> tuple[list[tuple[Any, Any]], None]:
+    return [(GetAttrKey(k), getattr(x, k)) for k in names], None
+
+
+def _whole(cls: type, names: list[str], values: Iterable[Any], _: Any) -> Any:
+    new: Any = object.__new__(cls)
+    for k, v in zip(names, values, strict=True):
+        object.__setattr__(new, k, v)  # frozen ones too
+    return new
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

@@ -142,7 +142,8 @@ class PerturbedLoss(nn.Module):
             raise ValueError(
                 "PerturbedLoss must be called once, with the output of its own network's last training forward, or that reshaped, sliced, "
                 "cast or scaled with its samples in order; what else follows, a full backward hook on the whole network too, belongs into "
-                "forward, a loss of several parts is one criterion, and mixup mixes the targets instead of the losses"
+                "forward, a loss of several parts is one criterion, mixup mixes the targets instead of the losses, and what takes several "
+                "forwards, of pairs say, concatenates their batches to one"
             )
         if not (torch.compiler.is_compiling() or network.static):
             stand(network, step.constant or (step.held is not None and bool(step.held)))

@@ -37,5 +37,7 @@ class SyntheticGradient(LMS):
 
     def learn(self, point: FeedbackPoint, m: Measurement) -> None:
         assert m.gains is not None and m.targets is not None
+        if point.name not in m.targets:  # a layer that the forward has skipped
+            return
         # a skipped sample has G = 0, and 0 times a non-finite target is not 0
         point.update(m, *m.gains, target=torch.nan_to_num(m.targets[point.name], nan=0.0, posinf=0.0, neginf=0.0))

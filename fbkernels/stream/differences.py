@@ -322,7 +322,7 @@ def _difference(mode: Streams, p: Any, h: Any, out: Any, low: bool) -> Any:
         if p.shape != h.shape:
             raise ValueError(
                 f"the model chooses by the values of its activities, {tuple(h.shape)} of the clean ones and {tuple(p.shape)} of the noisy: "
-                "let noise begin behind that, with points=[...]"
+                "let noise begin behind that, with points=[...], or take feedback='layerwise' and WeightMirror(), which has no noisy ones"
             )
         if out.dtype == torch.bool:
             return p.to(torch.int8) - h.to(torch.int8)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from fbkernels import ops
 from fbkernels._compile import constant, whole
-from fbkernels._tree import at, copied, differs, flatten, tensors, unflatten
+from fbkernels._tree import at, copied, differs, flatten, known_to_torch, tensors, unflatten
 from fbkernels.layout import Layout, Rows
 from fbkernels.placement import Placement, Recorder, keeps, layer_of, names_of, place
 from fbkernels.rules.base import Gain, Measurement, Rule
@@ -210,6 +210,7 @@ class Network(Stateful):
         x = None if placement is None else at(placement.argument, args, kwargs)
         if placement is not None and x is not None:
             return x.shape[placement.batch.dim]
+        known_to_torch((args, kwargs))
         if not any(x.ndim for x in tensors(args, kwargs)):
             raise ValueError("a converted network needs a tensor with a batch dimension as input")
         self.stale = True  # other arguments than before
@@ -244,7 +245,7 @@ class Network(Stateful):
                 "below an error of its own"
                 if settings.layerwise
                 else "they are trained by backprop, through each other's weights, earlier times too, and through those of what reads "
-                "them, up to the next point; points=[...] can name a module right behind which there is to be one"
+                "them, up to the next point" + "; points=[...] can name a module right behind which there is to be one" * settings.found
             )
             warnings.warn(f"{settings.structure} feedback has no B for {', '.join(placement.own_weights)}: {carried}", stacklevel=5)
         if placement.asked and not self.named:
@@ -281,6 +282,7 @@ class Network(Stateful):
             with untouched(root, own, self.runs):
                 with shown(recorder), given(recorder.checkpoint), recorder:
                     output = self.plain(root, *own)
+                known_to_torch(output)
                 kept = {} if self.settings.layerwise else keeps(root, lambda t: recorder.known(t) if t.requires_grad else None)
                 return recorder, output, kept
         except Exception as e:

@@ -82,7 +82,13 @@ def settle(network: Network, placement: Placement, recorder: Recorder, root: nn.
         placement.settled = n > 1
         if n < 2:
             continue
-        probe, outputs = _run(network, placement, dim, root, args, kwargs)
+        try:
+            probe, outputs = _run(network, placement, dim, root, args, kwargs)
+        except ValueError:  # another sample goes another way, to other experts say
+            if network.settings.numbered:
+                raise
+            placement.batch = Rows()
+            return
         rows = [rows_of(h, d, n, 1, share) for h, d in outputs]
         outside = outside or [tuple(h.shape) for (h, _), r in zip(outputs, rows, strict=True) if r is None]
         if all(r is not None for r in rows):

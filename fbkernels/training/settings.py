@@ -33,6 +33,11 @@ class Settings:
         return "layerwise" if self.layerwise else "direct"
 
     @property
+    def numbered(self) -> bool:
+        """Whether samples have to be known in each activity: layerwise without a second stream, rows will do."""
+        return not self.layerwise or self.rule.measures
+
+    @property
     def method(self) -> str:
         """Feedback structure and rule: a checkpoint of another one is refused."""
         basis = "" if self.rank is None else f", rank {self.rank} of seed {self.seed}"  # without which B has no meaning

@@ -130,11 +130,12 @@ class Step:
 
     def rows_of(self, point: str) -> Rows:
         rows = self.placement.rows.get(point, Rows())
-        if rows is None:
+        if rows is None and self.network.settings.numbered:
             raise ValueError(
-                f"the rows of point {point!r} cannot be matched with samples: exclude that layer, or name others with points=[...]"
+                f"the rows of point {point!r} cannot be matched with samples: exclude that layer, or name others with points=[...]; in "
+                "layerwise feedback WeightMirror() and other rules without a second stream need not know them"
             )
-        return rows
+        return rows or Rows()
 
     def visit(self, point: FeedbackPoint, h: Tensor) -> None:
         """A point runs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import functools
 import gc
 import itertools
@@ -1430,3 +1431,98 @@ def test_what_is_written_through_views_is_refused_where_it_cannot_be_followed() 
     net = fb.convert(made(by_columns), rule=fb.Joint())
     with pytest.raises(torch._dynamo.exc.Unsupported, match="reads what it has written through a view"):
         torch.compile(net, backend="eager", fullgraph=True)(X)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    other: Any
+    nothing: None = None
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    heads: Heads
+    name: str
+
+
+@dataclasses.dataclass
+class Batch:
+    x: Tensor
+    scale: float
+
+
+def test_dataclasses_go_in_and_come_out() -> None:
+    def how(net: Net, batch: Any) -> Output:
+        h = torch.tanh(net.a(batch.x * batch.scale))
+        return Output(net.o(torch.tanh(net.b(h))), Heads(torch.tanh(net.c(h))), "both")
+
+    def loss(out: Output, y: Tensor) -> Tensor:
+        return F.cross_entropy(out.logits, y, reduction="none") + out.heads.other.square().sum(1)
+
+    plain, net = made(how), fb.convert(made(how), feedback="layerwise", rule=fb.WeightTransport())
+    out = net(Batch(X, 2.0))
+    assert (type(out), type(out.heads), out.name) == (Output, Heads, "both")
+    equal(gradients(net, fb.PerturbedLoss(loss, net)(out, Y).mean()), gradients(plain, loss(plain(Batch(X, 2.0)), Y).mean()))
+
+
+def routed(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    out, first = h.new_zeros(len(h), 12), h[:, 0] > 0
+    out[first] = net.b(h[first])
+    rest = (~first).nonzero()[:, 0]
+    return net.o(torch.tanh(out.index_add(0, rest, net.c(h[rest]))))
+
+
+@pytest.mark.parametrize("rule", [fb.WeightTransport(), fb.WeightMirror(), fb.Fixed(), fb.SignSymmetric(), fb.KolenPollack()], ids=repr)
+def test_experts_that_samples_are_sent_to(rule: fb.Rule) -> None:
+    """Without a second stream nobody needs to know whose an expert's rows are."""
+    plain, net = made(routed), fb.convert(made(routed), feedback="layerwise", rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for x in (X, X[:5].flip(0), -X):
+        got, want = gradients(net, criterion(net(x), Y[: len(x)])), gradients(plain, nn.CrossEntropyLoss()(plain(x), Y[: len(x)]))
+        equal(got, want if type(rule) is fb.WeightTransport else {k: want[k] for k in ("o.weight", "o.bias")})
+
+
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.LMS(1e-3))], ids=repr)
+def test_experts_where_a_second_stream_would_choose_others(feedback: str, rule: fb.Rule) -> None:
+    net = fb.convert(made(routed), feedback=feedback, rule=rule)
+    with pytest.raises(ValueError, match=r"chooses by the values of its activities.*feedback='layerwise' and WeightMirror"):
+        net(X)
+
+
+def test_a_supervised_rule_where_a_layer_is_skipped() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        h = torch.tanh(net.a(x))
+        net.steps = getattr(net, "steps", 0) + 1
+        return net.o(torch.tanh(net.b(h) + net.c(h) if net.steps % 2 else net.c(h)))
+
+    net = fb.convert(made(how), rule=fb.SyntheticGradient(0.1))
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    for _ in range(4):
+        criterion(net(X), Y).backward()
+    assert all(p.B.isfinite().all() for p in fb.points(net).values())
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.GroupNorm(4, 16)], ids=repr)
+def test_a_norm_in_a_network_of_low_precision(norm: nn.Module) -> None:
+    """The difference is float32's, and the norm's weights are not."""
+    model = nn.Sequential(nn.Linear(8, 16), norm, nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)).bfloat16()
+    net = fb.convert(model, rule=fb.Joint(), noise_std=0.1)
+    net(X.bfloat16())
+    d = net.feedback.current.changes[0].double()
+    exact = fb.convert(copy.deepcopy(model).double(), rule=fb.Joint(), noise_std=0.1)
+    exact(X.bfloat16().double())
+    want = exact.feedback.current.changes[0]
+    assert (d - want).norm() < 0.05 * want.norm()
+
+
+def test_a_point_right_behind_a_recurrent_layer_is_not_told_to_name_one() -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        return net.o(net.lstm(x[:, None])[0][:, -1])
+
+    model = made(how)
+    model.lstm = nn.LSTM(8, 12, batch_first=True).double()
+    with pytest.warns(UserWarning, match="no B for lstm") as told:
+        fb.convert(model, points=["lstm"])(X)
+    assert "can name a module" not in str(told[0].message)
