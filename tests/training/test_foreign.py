@@ -1486,9 +1486,9 @@ def test_experts_that_samples_are_sent_to(rule: fb.Rule) -> None:
 
 @pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.LMS(1e-3))], ids=repr)
 def test_experts_where_a_second_stream_would_choose_others(feedback: str, rule: fb.Rule) -> None:
-    net = fb.convert(made(routed), feedback=feedback, rule=rule)
+    net, x = fb.convert(made(routed), feedback=feedback, rule=rule), torch.linspace(-2, 2, 96, dtype=torch.float64).sin().view(12, 8)
     with pytest.raises(ValueError, match=r"chooses by the values of its activities.*feedback='layerwise' and WeightMirror"):
-        net(X)
+        net(x)
 
 
 def test_a_supervised_rule_where_a_layer_is_skipped() -> None:
