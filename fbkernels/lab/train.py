@@ -427,7 +427,7 @@ def _run(
                 network_of(net).state["explained"] = at["explained"].to(settings.device)
             optimizer.load_state_dict(at["optimizer"])
         for epoch in range(at["epoch"] if resumed else 0, settings.epochs):
-            inside = resumed and epoch == at["epoch"]
+            inside = resumed and epoch == at["epoch"] and at["step"] > 0
             steady = at["steady"] if inside else not _warming(net)
             first = at["step"] if inside else 0
             totals = at["totals"].to(settings.device) if inside else torch.zeros(3, dtype=torch.float64, device=settings.device)
@@ -490,8 +490,7 @@ def _run(
             with (folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             log(record)
-            totals = torch.zeros_like(totals)
-            save(run, epoch + 1, 0, **_state(net, optimizer), totals=totals, seconds=0.0)
+            save(run, epoch + 1, 0, **_state(net, optimizer))
         files.save(folder / f"{method}-{seed}.pt", net.state_dict())
     save(len(runs), 0, 0)
     return records

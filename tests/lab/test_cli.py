@@ -119,6 +119,24 @@ def test_resume_continues_bit_for_bit(tmp_path: Path, feedback: str, rule: str, 
     assert same_results(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_resume_from_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """What a kill leaves that comes before the next checkpoint within an epoch."""
+    settings = job.Settings(epochs=3, train_images=300, rule="joint", compare=())
+
+    def killed(progress: job.Progress) -> bool:
+        if progress.done == 6:
+            raise RuntimeError
+        return False
+
+    job.train(settings, tmp_path / "whole")
+    with pytest.raises(RuntimeError):
+        job.train(settings, tmp_path / "parts", watch=killed)
+    state = job.load_checkpoint(tmp_path / "parts")[1]
+    assert (state["epoch"], state["step"]) == (1, 0)
+    job.train(settings, tmp_path / "parts", checkpoint=state)
+    assert same_results(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_resume_of_a_convolutional_network(tmp_path: Path) -> None:
     settings = job.Settings(epochs=1, train_images=130, model="cnn", rule="ridge", compare=("lms", "dfa"), threads=1)
     job.train(settings, tmp_path / "whole")
