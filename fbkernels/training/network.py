@@ -110,6 +110,8 @@ class Network(Stateful):
     def run(self, step: Step, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = Streams(step, self.buffers_known)
         mode.sources = self.settings.layerwise
+        if not (self.settings.layerwise or self.probe or step.placement.checkpoints or torch.compiler.is_compiling()):
+            mode.behind = []  # what a checkpoint runs again must need the gradients that it needed
         if torch.compiler.is_compiling():  # no mark of a graph's is left on what it was given
             args, kwargs = tree_map_only(Tensor, lambda x: x.view_as(x), (args, kwargs))
         for x in tensors(args, kwargs):
@@ -127,6 +129,9 @@ class Network(Stateful):
                 for name, attribute in step.placement.kept:
                     own = root.get_submodule(name).__dict__
                     own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
+            for t in (t for reference in mode.behind or () if (t := reference()) is not None and t.is_leaf):
+                if all(t is not own for own in step.outputs):  # somebody keeps it: a hook, a list
+                    t.requires_grad_().register_hook(functools.partial(_lost, weakref.ref(self), "what was kept behind a point"))
             return output
         finally:
             self.running = ()

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fbkernels as fb
 
-X, Y = torch.randn(6, 8, dtype=torch.float64), torch.randint(4, (6,))
+X, Y = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(6) % 4
 
 
 class Net(nn.Module):
@@ -1091,6 +1091,33 @@ def test_a_loss_of_what_a_hook_kept_of_a_fused_layer_is_told() -> None:
     net(X.float())
     with pytest.warns(UserWarning, match="what was kept behind layer '0' is in a loss"):
         seen[0].square().mean().backward()
+
+
+KEPT: list[Tensor] = []
+
+
+def collects(net: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(net.a(x))
+    z = h + torch.tanh(net.c(h)).repeat(1, 2)[:, :16]
+    net.last.copy_(z)
+    KEPT[:] = h, z, z.mean(1), z.chunk(2, 1)[0], z.detach(), x / 2
+    return net.o(torch.tanh(net.b(z)))
+
+
+@pytest.mark.parametrize("which", range(6))
+@pytest.mark.parametrize("rule", [fb.Joint(), fb.Fixed()], ids=repr)
+def test_a_loss_of_what_anybody_keeps_behind_a_point_is_told(rule: fb.Rule, which: int) -> None:
+    """In a list of a hook's, say. What needs no gradient in the plain model is none of that."""
+    model = made(collects)
+    model.register_buffer("last", torch.zeros(6, 16, dtype=torch.float64))
+    net = fb.convert(model, rule=rule)
+    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            (criterion(net(X), Y) + KEPT[which].square().mean()).backward()
+    assert [str(w.message)[:40] for w in told] == ["what was kept behind a point is in a los"] * (which < 4)
+    assert not X.requires_grad and not net.last.requires_grad
 
 
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
