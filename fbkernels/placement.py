@@ -206,7 +206,7 @@ class Recorder(TorchFunctionMode):
             outs = [self.value(t) for t in tree_leaves(out) if isinstance(t, Tensor)]
             call = Call(cls, ins, outs, random=random, cut=self.grad and not torch.is_grad_enabled())
             call.group = call.hook
-            if not (call.hook or call.cut):
+            if not (cls.__module__.startswith("torch.") or call.cut):
                 self.judge(cls, plain, args, kwargs)
             self.calls.append(call)
         return out

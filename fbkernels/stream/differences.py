@@ -260,14 +260,15 @@ def general(mode: Streams, func: Any, args: Args, kwargs: Kwargs, key: Any = Non
             p = site.rows(h, d)
         else:
             p = site.sides(h, d)[sign] if whole and d is not None else mode.moved(h, d)
-        if t is target or id(t) in mode.buffers:  # which the noisy side must not write
-            strided = t.layout == torch.strided
-            p = p.clone() if p is t or torch.compiler.is_compiling() or (strided and p.data_ptr() == t.data_ptr()) else p
-        return p
+        tracing = torch.compiler.is_compiling()
+        kept = t is target or (not tracing and id(t) in mode.buffers)  # which the noisy side must not write
+        return p.clone() if kept and (tracing or (t.layout == torch.strided and p.data_ptr() == t.data_ptr())) else p
 
     alone: dict[int, Tensor] = {}  # attention asks whether query and key are one
 
     def bare(t: Tensor, _: None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return t
         if id(t) not in alone:
             alone[id(t)] = mode.bare(t)
         return alone[id(t)]

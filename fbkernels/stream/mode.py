@@ -206,8 +206,11 @@ class Streams(TorchFunctionMode):
             if self.site.constant:
                 args, kwargs = _map(args, self._constant), _map(kwargs, self._constant)
             out, d = self._both(kind, func, args, kwargs, marked)
-        if torch.compiler.is_compiling() and isinstance(out, Tensor) and in_place(name_of(func), args, kwargs):
-            out = args[0]  # which in a trace is another than what an in-place call gives
+        if torch.compiler.is_compiling():  # where what an in-place call gives is another, and a part of a tuple takes no mark
+            if isinstance(out, Tensor):
+                out = args[0] if in_place(name_of(func), args, kwargs) else out
+            elif type(out) in (tuple, list):
+                out = [o.view_as(o) if isinstance(o, Tensor) else o for o in out]
         if self.sources and isinstance(out, Tensor) and args and isinstance(args[0], Tensor):
             self._follow(func, out, args, kwargs)
         if layer is not None and layer[0] is not None:
@@ -268,7 +271,7 @@ class Streams(TorchFunctionMode):
     def _tag(self, func: Any, out: Any, d: Any, args: tuple[Any, ...]) -> Any:
         if isinstance(out, Tensor):
             if d is not None or out.is_floating_point() or out.is_complex():
-                written = bool(args) and out is args[0]
+                written = len(args) > 0 and out is args[0]
                 if not (written and self.belongs(out)):
                     self.put(out, d)
                     if written:

@@ -90,7 +90,7 @@ class Layerwise(Step):
         carry = source[2] if source is not None and source[0] == mode.token and source[1] == point.name else ()
         d = mode.d(x)
         moved = any(rearrange in ("permute", "transpose", "movedim") for rearrange, _ in carry)
-        point.merged = bool(carry) and (moved or len(x) != self.samples)
+        point.merged = len(carry) > 0 and (moved or len(x) != self.samples)
         if point.reads and not self.again:
             x = self.visit_input(point, x, connection.convolution)
         if point.name not in self.activities and not self.again:  # the layer before was skipped, and this one reads another's activity

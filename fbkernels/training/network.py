@@ -129,13 +129,20 @@ class Network(Stateful):
                 for name, attribute in step.placement.kept:
                     own = root.get_submodule(name).__dict__
                     own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
-            for t in (t for reference in mode.behind or () if (t := reference()) is not None and t.is_leaf):
-                if all(t is not own for own in step.outputs):  # somebody keeps it: a hook, a list
-                    t.requires_grad_().register_hook(functools.partial(_lost, weakref.ref(self), "what was kept behind a point"))
+            if mode.behind is not None:
+                self.watch(mode.behind, step.outputs)
             return output
         finally:
             self.running = ()
             mode.close()
+
+    def watch(self, behind: list[Any], outputs: list[Tensor]) -> None:
+        """Direct: what somebody keeps behind a point, a hook or a list, would lose its gradient without a word."""
+        lost = functools.partial(_lost, weakref.ref(self), "what was kept behind a point")
+        for reference in behind:
+            t = reference()
+            if t is not None and t.is_leaf and all(t is not own for own in outputs):
+                t.requires_grad_().register_hook(lost)
 
     def kept(self, mode: Streams, name: str, value: Any) -> Any:
         """Direct: an attribute that is computed behind a point, whose gradient would be lost without a word."""

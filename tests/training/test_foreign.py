@@ -1420,7 +1420,8 @@ def test_what_is_written_in_place_in_a_trace(feedback: str, rule: fb.Rule) -> No
     for compiled in (False, True):
         net = fb.convert(made(in_place), feedback=feedback, rule=rule, noise_std=0.1)
         criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-        run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+        whole = torch.__version__ >= "2.12"  # Dynamo of torch 2.11 knows no identity of what a trace makes: then the step is eager
+        run = torch.compile(net, backend="eager", fullgraph=whole) if compiled else net
         loss = criterion(run(X), Y)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None), *(p.B for p in fb.points(net).values())])
