@@ -21,6 +21,7 @@ from fbkernels.draws import drawn
 
 _LONG = 100  # elements of a container, above which it is not looked into,
 _DATA = 100_000  # nor kept as it is
+_MOST = 1000  # objects, the nearest first: a trainer may lead to a whole framework
 _LARGE = 1_000_000  # elements of a tensor, above which it is not copied, unless a criterion that is a module has it
 _INTERNAL = frozenset(vars(nn.Module()))
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, types.BuiltinFunctionType))
@@ -66,7 +67,7 @@ class Held:
                 self._place(m._buffers, "", True)
                 self._place(m.__dict__, "", True)
         for x in self.todo:  # which grows
-            if type(x) not in _ATOMS and id(x) not in self.seen:
+            if type(x) not in _ATOMS and id(x) not in self.seen and (len(self.seen) < _MOST or id(x) in self.own):
                 self.seen[id(x)] = x
                 self._visit(x)
         for names in self.globals.values():
@@ -96,11 +97,12 @@ class Held:
                     changes += [partial(old.copy_, new)] if new._version or id(old) in self.unversioned else []
                 elif not isinstance(old, tuple):
                     changes.append(partial(operator.setitem, old, ..., new))
-            for place, now in zip(self.places, given, strict=False):
-                after = place.read()
-                if not _same(after, now):
+            left = [place.read() for place in self.places[: len(given)]]  # of all before any is put back: two may be of one dict
+            for place, now, after in zip(self.places, given, left, strict=False):
+                changed = not _same(after, now)
+                if changed:
                     changes.append(partial(place.write, self._kept(after, place.before, originals, like)))
-                if place.lends or not _same(after, now):
+                if changed or place.lends:
                     place.write(place.before)
         for name, key, t, version in self.watched:
             if t._version != version:

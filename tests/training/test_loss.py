@@ -289,7 +289,13 @@ def named(inner: Counter) -> Any:
     return by_name
 
 
+def aliased(inner: Counter) -> Any:
+    attributes = vars(inner)
+    return lambda out, y: (attributes, inner(out, y))[1]
+
+
 HOLDERS = [
+    aliased,
     lambda inner: Slotted(inner).loss,
     Holding,
     named,
@@ -299,7 +305,7 @@ HOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("holder", HOLDERS, ids=["slots", "a list of dicts", "a global", "a closure", "a default", "a partial"])
+@pytest.mark.parametrize("holder", HOLDERS, ids=["its dict", "slots", "dicts", "a global", "a closure", "a default", "a partial"])
 @pytest.mark.parametrize(
     ("feedback", "rule"), [("direct", fb.Joint()), ("direct", fb.SyntheticGradient(0.1)), ("layerwise", fb.LMS(0.1))], ids=repr
 )
