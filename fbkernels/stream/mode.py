@@ -90,7 +90,6 @@ class Streams(TorchFunctionMode):
         self.replaced: list[Tensor] = []  # tensors that have another in their place
         self.waiting: list[tuple[Any, Waiting]] = []  # tensors that stand for functions put off, by weak reference
         self.grad = torch.is_grad_enabled()
-        self.behind: list[Any] | None = None  # direct: by weak reference, what follows a point and needs no gradient for that
         self.sources = False  # layerwise: where a point's noise is to go in is followed too
 
     # what stands beside a tensor
@@ -217,20 +216,7 @@ class Streams(TorchFunctionMode):
             return self._go_on(layer[0], 0, out, d, args)
         if chain is not None and isinstance(out, Tensor):
             return self._go_on(chain[0], chain[1] + 1, out, d, args)
-        if self.behind is not None and kind != "cut" and torch.is_grad_enabled() and any(self._follows(t) for t, _ in marked):
-            for o in out if isinstance(out, (list, tuple)) else (out,):
-                if not (args and o is args[0] and self.belongs(o)):
-                    self._behind(o)
         return self._tag(func, out, d, args)
-
-    def _follows(self, t: Tensor) -> bool:
-        """A point, and needs no gradient for that."""
-        return getattr(t, "_fb_behind", None) == self.token
-
-    def _behind(self, t: Any) -> None:
-        if self.behind is not None and isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad:
-            t._fb_behind = self.token  # type: ignore[attr-defined]
-            self.behind.append(weakref.ref(t))
 
     def _marked(self, values: Any, found: list[tuple[Tensor, Mark]]) -> list[tuple[Tensor, Mark]]:
         token = self.token
@@ -386,7 +372,6 @@ class Streams(TorchFunctionMode):
         if cut is h:
             cut = h.view_as(h)
         self.put(cut, d)
-        self._behind(cut)
         if h.requires_grad:
             cut._fb_before = (self.token, h)  # type: ignore[attr-defined]
         if self.sources:

@@ -110,8 +110,6 @@ class Network(Stateful):
     def run(self, step: Step, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = Streams(step, self.buffers_known)
         mode.sources = self.settings.layerwise
-        if not (self.settings.layerwise or self.probe or step.placement.checkpoints or torch.compiler.is_compiling()):
-            mode.behind = []  # what a checkpoint runs again must need the gradients that it needed
         if torch.compiler.is_compiling():  # no mark of a graph's is left on what it was given
             args, kwargs = tree_map_only(Tensor, lambda x: x.view_as(x), (args, kwargs))
         for x in tensors(args, kwargs):
@@ -129,20 +127,10 @@ class Network(Stateful):
                 for name, attribute in step.placement.kept:
                     own = root.get_submodule(name).__dict__
                     own[attribute] = self.kept(mode, f"attribute {attribute!r} of {name or 'the model'}", own.get(attribute))
-            if mode.behind is not None:
-                self.watch(mode.behind, step.outputs)
             return output
         finally:
             self.running = ()
             mode.close()
-
-    def watch(self, behind: list[Any], outputs: list[Tensor]) -> None:
-        """Direct: what somebody keeps behind a point, a hook or a list, would lose its gradient without a word."""
-        lost = functools.partial(_lost, weakref.ref(self), "what was kept behind a point")
-        for reference in behind:
-            t = reference()
-            if t is not None and t.is_leaf and all(t is not own for own in outputs):
-                t.requires_grad_().register_hook(lost)
 
     def kept(self, mode: Streams, name: str, value: Any) -> Any:
         """Direct: an attribute that is computed behind a point, whose gradient would be lost without a word."""

@@ -1093,33 +1093,6 @@ def test_a_loss_of_what_a_hook_kept_of_a_fused_layer_is_told() -> None:
         seen[0].square().mean().backward()
 
 
-KEPT: list[Tensor] = []
-
-
-def collects(net: Net, x: Tensor) -> Tensor:
-    h = torch.tanh(net.a(x))
-    z = h + torch.tanh(net.c(h)).repeat(1, 2)[:, :16]
-    net.last.copy_(z)
-    KEPT[:] = h, z, z.mean(1), z.chunk(2, 1)[0], z.detach(), x / 2
-    return net.o(torch.tanh(net.b(z)))
-
-
-@pytest.mark.parametrize("which", range(6))
-@pytest.mark.parametrize("rule", [fb.Joint(), fb.Fixed()], ids=repr)
-def test_a_loss_of_what_anybody_keeps_behind_a_point_is_told(rule: fb.Rule, which: int) -> None:
-    """In a list of a hook's, say. What needs no gradient in the plain model is none of that."""
-    model = made(collects)
-    model.register_buffer("last", torch.zeros(6, 16, dtype=torch.float64))
-    net = fb.convert(model, rule=rule)
-    criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            (criterion(net(X), Y) + KEPT[which].square().mean()).backward()
-    assert [str(w.message)[:40] for w in told] == ["what was kept behind a point is in a los"] * (which < 4)
-    assert not X.requires_grad and not net.last.requires_grad
-
-
 @pytest.mark.parametrize("feedback", ["direct", "layerwise"])
 def test_a_step_in_eval_mode_is_told(feedback: str) -> None:
     net = fb.convert(mlp(), feedback=feedback, rule=fb.Fixed())
@@ -1425,6 +1398,23 @@ def test_what_is_written_in_place_in_a_trace(feedback: str, rule: fb.Rule) -> No
         loss = criterion(run(X), Y)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None), *(p.B for p in fb.points(net).values())])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("part", [lambda h: h.chunk(2, 1), lambda h: torch.split(h, 8, 1), lambda h: h.view(-1, 2, 8).unbind(1)])
+@pytest.mark.parametrize(("feedback", "rule"), [("direct", fb.Joint()), ("layerwise", fb.WeightMirror())], ids=repr)
+def test_parts_of_an_activity_in_a_trace(feedback: str, rule: fb.Rule, part: Callable[[Tensor], Any]) -> None:
+    def how(net: Net, x: Tensor) -> Tensor:
+        u, v = part(torch.tanh(net.a(x)))
+        return net.o(torch.tanh(net.b(torch.cat((v, u * 2), 1))))
+
+    found = []
+    for compiled in (False, True):
+        net = fb.convert(made(how), feedback=feedback, rule=rule, noise_std=0.1)
+        criterion = fb.PerturbedLoss(nn.CrossEntropyLoss(), net)
+        run = torch.compile(net, backend="eager", fullgraph=True) if compiled else net
+        criterion(run(X), Y).backward()
+        found.append([*(p.grad for p in net.parameters() if p.grad is not None), *(p.B for p in fb.points(net).values())])
     torch.testing.assert_close(*found)
 
 
